@@ -1,0 +1,1 @@
+"""Merge methods, their stages and measurements, and `merge`."""

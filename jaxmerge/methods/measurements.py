@@ -1,0 +1,145 @@
+"""What methods may measure: sums and order statistics, and how both are had in memory.
+
+A measurement describes one chunk of a tensor. Both kinds add up over chunks, tensors and devices (an order statistic by
+counting, see `selection`), so the same definition serves a tensor in memory, a sharded one, a whole model, and chunks
+read from disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge.methods.selection import kth_largest
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt32
+
+Scope = Literal["tensor", "model"]
+"""Whether a measurement is taken over each tensor or over all tensors that the method merges."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """Numbers that add up over chunks: a pytree of arrays."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderStatistic:
+    """The `ranks[i][r]`-th largest of `values[i]`, for each expert i and rank r.
+
+    Attributes:
+        values: K arrays of non-negative numbers of one dtype, any shape.
+        ranks: `[K, R, 2]`, each rank from 1 as two words (`selection.rank_words`).
+    """
+
+    values: tuple[Any, ...]
+    ranks: UInt32[Array, "K R 2"]
+
+
+Measurement = Total | OrderStatistic
+for _kind in (Total, OrderStatistic):
+    jax.tree_util.register_dataclass(_kind)
+
+
+def kept_count(density: Any, size: int, *, inclusive: bool = False, count: Literal["kept", "dropped"] = "kept") -> Any:
+    """How many of `size` entries a density keeps: at least 1, at most all.
+
+    Args:
+        density: share of entries kept. A plain number gives `int(density * size)` in float64 and an exact integer; a
+            traced one is computed in float32, rounded up where the product is an integer but for rounding.
+        size: number of entries.
+        inclusive: the entry at the cut is kept too: one more.
+        count: whether the integer part is taken of the number kept or of the number dropped.
+    """
+    extra = 1 if inclusive else 0
+    if isinstance(density, int | float | np.number):
+        kept = int(float(density) * size) if count == "kept" else size - int((1 - float(density)) * size)
+        return min(max(kept + extra, 1), size)
+    density = jax.lax.stop_gradient(density)
+    nudge = size * 2.0**-22
+    exact = density * size
+    kept = jnp.floor(exact + density * nudge) if count == "kept" else size - jnp.floor(size - exact + nudge)
+    return jnp.clip(kept + extra, 1.0, float(size))
+
+
+def measured_here(measurement: Measurement) -> Any:
+    """The result of a measurement whose one chunk is everything, inside a program: `[K, R]` for an order statistic."""
+    if isinstance(measurement, Total):
+        return measurement.value
+    return jnp.stack([kth_largest([x], rank) for x, rank in zip(measurement.values, measurement.ranks, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class BitSearch:
+    """The state of finding order statistics by counting, one bit of the answers per round.
+
+    Used where the population is spread over many programs, as a whole model is: every program counts what it holds, the
+    `next_round` adds the counts and fixes one bit.
+
+    Attributes:
+        ranks: as in `OrderStatistic`.
+        found: `[K, R]` bit patterns, right down to the bit being decided.
+        bit: that bit; 0 when all are decided.
+    """
+
+    ranks: UInt32[Array, "K R 2"]
+    found: Array
+    bit: Array
+
+    def count(self, values: Sequence[Array]) -> UInt32[Array, "K R 2"]:
+        """How many entries reach the trial patterns, as two digits of base 2^16 whose sums cannot overflow."""
+        rows = []
+        for value, trials in zip(values, self.found | self.bit, strict=True):
+            patterns = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(value), trials.dtype)
+            rows.append(jnp.stack([_digits_of(patterns >= trial) for trial in trials]))
+        return jnp.stack(rows)
+
+
+jax.tree_util.register_dataclass(BitSearch)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def begin_search(ranks: UInt32[Array, "K R 2"], dtype: Any) -> BitSearch:
+    """A search among non-negative numbers of this dtype; it takes `search_rounds(dtype)` rounds."""
+    word = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
+    first = jnp.ones((), word) << jnp.asarray(search_rounds(dtype) - 1, word)
+    return BitSearch(ranks, jnp.zeros(ranks.shape[:2], word), first)
+
+
+def search_rounds(dtype: Any) -> int:
+    """Number of rounds: one per bit but the sign."""
+    return jnp.dtype(dtype).itemsize * 8 - 1
+
+
+@jax.jit
+def next_round(search: BitSearch, counts: Sequence[UInt32[Array, "K R 2"]]) -> BitSearch:
+    """The search with one more bit fixed, given the counts of every program."""
+    high = sum((c[..., 0] for c in counts[1:]), counts[0][..., 0])
+    low = sum((c[..., 1] for c in counts[1:]), counts[0][..., 1])
+    high = high + (low >> 16)
+    high, low = high >> 16, (high << 16) | (low & 0xFFFF)  # as words, like the ranks
+    enough = (high > search.ranks[..., 0]) | ((high == search.ranks[..., 0]) & (low >= search.ranks[..., 1]))
+    return BitSearch(search.ranks, jnp.where(enough, search.found | search.bit, search.found), search.bit >> 1)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def search_result(search: BitSearch, dtype: Any) -> Float[Array, "K R"]:
+    """The order statistics."""
+    return jax.lax.bitcast_convert_type(search.found, dtype)
+
+
+def _digits_of(flags: Array) -> UInt32[Array, 2]:
+    """Number of true flags as two digits of base 2^16; rows are counted first, since one word holds 2^32."""
+    axes = tuple(range(1 if flags.size >= 2**32 else 0, flags.ndim))
+    counts = jnp.sum(flags, axis=axes, dtype=jnp.uint32)
+    high, low = jnp.sum(counts >> 16, dtype=jnp.uint32), jnp.sum(counts & 0xFFFF, dtype=jnp.uint32)
+    return jnp.stack([high + (low >> 16), low & 0xFFFF])

@@ -1,0 +1,278 @@
+"""Exact order statistics: the k-th largest of many non-negative floats, in memory and streamed.
+
+The invariant: both ways give the same float, bit for bit, and it is the one that a full sort gives. Both rest on one
+fact: the bit patterns of non-negative floats, read as unsigned integers, are ordered as the floats are. Finding the
+k-th largest is then finding the largest pattern that at least k entries reach, and counting adds up over tensors,
+shards and chunks where sorting does not. Ties need no rule (they have one pattern), NaN counts as larger than
+infinity, and the ends are defined: rank 0 gives infinity (`>=` keeps none that is finite), a rank beyond the
+population gives 0 (`>=` keeps all).
+
+* `kth_largest` (in memory, pure JAX) fixes two bits of the answer per pass. A pass counts three thresholds in one
+  variadic reduction: three separate sums would read the values three times on XLA:CPU, and one threshold per pass
+  needs twice as many passes. Sharded values stay where they are: only counts travel.
+* `OrderStatisticSearch` (streamed, NumPy on host memory) counts what lies above a window of patterns and keeps what lies
+  inside. A small sample places the window, so that one pass nearly always ends the search; a sample that misleads
+  costs passes, never exactness.
+
+Milliseconds for the 20 % cut of 16.8 M float32 magnitudes (2 cores, medians of 5 rounds by
+`python benchmarks/selection.py`); "bfloat16" are differences of bfloat16 numbers, where ties abound:
+
+TABLE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Num, UInt
+
+_COUNTABLE = 1 << 32  # one uint32 counter counts fewer entries than this
+
+
+def rank_words(rank: int | float | Num[np.ndarray, "*ranks"] | Num[Array, "*ranks"]) -> UInt[Any, "*ranks 2"]:
+    """Ranks as their high and low 32 bits: exact for large populations too, without 64-bit integers in JAX.
+
+    Args:
+        rank: concrete or traced, an integer or a float (rounded down; the way to trace a rank above 2^32). Negative
+            ranks count as 0.
+
+    Returns:
+        uint32 words, as a NumPy array when `rank` is concrete.
+    """
+    if not isinstance(rank, jax.Array):
+        rank = np.asarray(rank)
+    xp = jnp if isinstance(rank, jax.Array) else np
+    rank = xp.maximum(rank, 0)
+    if xp.issubdtype(rank.dtype, xp.integer):
+        high = rank >> 32 if rank.dtype.itemsize > 4 else xp.zeros_like(rank)
+        low = rank & 0xFFFFFFFF if rank.dtype.itemsize > 4 else rank
+    else:
+        high = xp.floor(rank / 2.0**32)
+        low = rank - high * 2.0**32
+    return xp.stack([high.astype(np.uint32), low.astype(np.uint32)], axis=-1)
+
+
+def kth_largest(values: Sequence[Float[Array, "..."]], ranks: UInt[Any, "*ranks 2"]) -> Float[Array, "*ranks"]:
+    """The entries of given rank among all `values` together, exactly.
+
+    Works under `jit`, `vmap` and `grad` (the gradient is zero) and on sharded arrays, whose entries are not moved.
+
+    Args:
+        values: arrays of any shapes and one floating dtype that count as one population; no entry has its sign bit
+            set. An array of 2^32 entries or more must have at most 2^16 rows (first axis), of fewer entries than that.
+        ranks: from 1 for the largest, as `rank_words`.
+
+    Returns:
+        One entry per rank, in the dtype of the values; infinity for rank 0, 0 for a rank beyond the population.
+    """
+    return _kth_largest([lax.stop_gradient(value) for value in values], jnp.asarray(ranks))
+
+
+@jax.jit
+def _kth_largest(values: list[Float[Array, "..."]], ranks: UInt[Array, "*ranks 2"]) -> Float[Array, "*ranks"]:
+    if ranks.ndim > 1:
+        return jax.vmap(_kth_largest, (None, 0))(values, ranks)
+    bits = values[0].dtype.itemsize * 8
+    unsigned = jnp.dtype(f"uint{bits}").type
+    patterns = [lax.bitcast_convert_type(value, unsigned) for value in values]
+    rank_high, rank_low = ranks
+
+    def fix_two_bits(step: Int[Array, ""], answer: UInt[Array, ""]) -> UInt[Array, ""]:
+        shift = unsigned(bits - 2) - unsigned(2) * step.astype(unsigned)
+        counts = _count_reaching(patterns, [answer + (unsigned(digit) << shift) for digit in (1, 2, 3)])
+        reached = [(high > rank_high) | ((high == rank_high) & (low >= rank_low)) for high, low in counts]
+        return answer + (sum(enough.astype(unsigned) for enough in reached) << shift)
+
+    answer = lax.fori_loop(0, bits // 2, fix_two_bits, jnp.zeros((), unsigned))
+    largest = lax.bitcast_convert_type(answer, values[0].dtype)
+    return jnp.where((rank_high == 0) & (rank_low == 0), jnp.inf, largest)
+
+
+def _count_reaching(
+    patterns: list[UInt[Array, "..."]], thresholds: list[UInt[Array, ""]]
+) -> list[tuple[UInt[Array, ""], UInt[Array, ""]]]:
+    """How many entries are at least each threshold, as words."""
+    zero = jnp.zeros((), jnp.uint32)
+    digits = [(zero, zero)] * len(thresholds)  # of base 2^16: sums of 2^16 digits stay below 2^32
+    for pattern in patterns:
+        kept_axes = 1 if pattern.size >= _COUNTABLE else 0
+        counts = lax.reduce(
+            tuple((pattern >= threshold).astype(jnp.uint32) for threshold in thresholds),
+            (zero,) * len(thresholds),
+            lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
+            tuple(range(kept_axes, pattern.ndim)),
+        )
+        digits = [
+            (high + jnp.sum(count >> 16), low + jnp.sum(count & 0xFFFF))
+            for (high, low), count in zip(digits, counts, strict=True)
+        ]
+    carried = [(high + (low >> 16), low & 0xFFFF) for high, low in digits]
+    return [(high >> 16, high << 16 | low) for high, low in carried]
+
+
+_BLOCK = 1 << 17  # entries scanned at a time: the temporaries stay in the cache
+_HELD = 1 << 19  # entries held before equal ones are counted together; bounds the memory of a search
+_SPREAD = 5.0  # standard errors of the sample to either side of the window
+
+
+class OrderStatisticSearch:
+    """The exact `rank`-th largest of a population that is fed in chunks, in bounded memory (at most some 6 MB).
+
+    ```python
+    search = OrderStatisticSearch(rank=k, total=n)
+    search.sample(pieces)                 # optional: a few pieces spread over the population
+    while not search.done:
+        for chunk in chunks:              # any order and sizes, all of the population in each pass
+            search.update(chunk)
+        search.end_pass()
+    search.result
+    ```
+
+    With a representative sample one pass suffices; without one two do for float32 (four for float64), and so do
+    three when the sample misled. Searches are independent: several ranks or experts are several searches, and NumPy
+    releases the interpreter lock, so threads may each drive their own.
+
+    Attributes:
+        done: whether `result` is known.
+    """
+
+    def __init__(self, rank: int, total: int, dtype: np.typing.DTypeLike = np.float32):
+        """Starts a search.
+
+        Args:
+            rank: from 1; 0 gives infinity, more than `total` gives 0, both without a pass.
+            total: how many entries a pass feeds.
+            dtype: the floating dtype of the entries.
+        """
+        self.rank, self.total, self.dtype = rank, total, np.dtype(dtype)
+        self._unsigned = np.dtype(f"uint{8 * self.dtype.itemsize}")
+        # The answer is in [_low, _high) for certain; a pass looks into [_window_low, _window_high), which may be a guess.
+        self._low, self._high = 0, 1 << (8 * self.dtype.itemsize - 1)
+        if rank < 1:
+            self._low = int(np.array(np.inf, self.dtype).view(self._unsigned))
+            self._high = self._low + 1
+        elif rank > total:
+            self._high = 1
+        self._start_pass(self._low, self._high)
+
+    @property
+    def done(self) -> bool:
+        return self._high - self._low == 1
+
+    @property
+    def result(self) -> np.floating:
+        """The answer, a scalar of the dtype.
+
+        Raises:
+            ValueError: it is not known yet.
+        """
+        if not self.done:
+            raise ValueError(f"the entry of rank {self.rank} is not known yet; feed another pass")
+        return self._unsigned.type(self._low).view(self.dtype)
+
+    def sample(self, pieces: Sequence[Float[np.ndarray, "..."]]) -> None:
+        """Guesses from a sample where the answer lies. To be called before the first pass, at most once.
+
+        Entries of one piece may resemble each other: how much the pieces differ sets the width of the window. Some
+        2^17 entries in a hundred or more pieces, spread evenly over the population, serve well.
+
+        Args:
+            pieces: entries of the population, at least one.
+        """
+        if self.done:
+            return
+        patterns = np.sort(np.concatenate([self._as_patterns(piece) for piece in pieces]))
+        at = patterns.size * (1 - self.rank / self.total)  # where the answer would be in the sorted sample
+        guess = patterns[np.clip(int(at), 0, patterns.size - 1)]
+        above = np.array([np.count_nonzero(self._as_patterns(piece) >= guess) for piece in pieces])
+        sizes = np.array([piece.size for piece in pieces])
+        excess = above - sizes * (above.sum() / sizes.sum())
+        margin = _SPREAD * np.sqrt(np.sum(excess.astype(np.float64) ** 2) + patterns.size / 4)
+        first, last = int(np.floor(at - margin)), int(np.ceil(at + margin))
+        self._start_pass(
+            int(patterns[first]) if first >= 0 else self._low,
+            int(patterns[last]) + 1 if last < patterns.size else self._high,
+        )
+
+    def update(self, values: Float[np.ndarray, "..."]) -> None:
+        """Takes in a chunk of the population; it is neither kept nor changed.
+
+        Args:
+            values: entries of the search's dtype, of any shape; no sign bit is set. Contiguous arrays are not copied.
+        """
+        patterns = self._as_patterns(values)
+        self._seen += patterns.size
+        width = self._window_high - self._window_low
+        for start in range(0, patterns.size, _BLOCK):
+            block = patterns[start : start + _BLOCK]
+            self._above += np.count_nonzero(block >= self._window_high)
+            if width == 1:  # all ties (a tensor that no training touched is all zeros): nothing to tell apart
+                self._counts += np.count_nonzero(block == self._window_low)
+                continue
+            offsets = block - self._window_low  # wraps around below the window, so that one comparison tells
+            inside = np.compress(offsets < width, offsets)
+            self._held.append(inside)
+            self._held_size += inside.size
+            if self._held_size > _HELD:
+                self._tally()
+                while self._offsets.size > _HELD // 2:  # too many to tell apart: count ranges of 2^shift patterns
+                    self._shift += 8
+                    self._offsets, self._counts = _merged(self._offsets >> 8, self._counts)
+
+    def end_pass(self) -> None:
+        """Narrows the search down to what the pass has shown; afterwards `done` tells whether another one is needed.
+
+        Raises:
+            ValueError: the pass fed more or fewer entries than `total`.
+        """
+        if self._seen != self.total:
+            raise ValueError(f"the pass fed {self._seen} entries of {self.total}; feed each entry once in every pass")
+        self._tally()
+        reaching = self._above + np.cumsum(self._counts[::-1])  # how many entries reach each offset, from the largest
+        if self.rank <= self._above:
+            self._low = self._window_high
+        elif not reaching.size or self.rank > reaching[-1]:
+            self._high = self._window_low
+        else:
+            offset = int(self._offsets[::-1][np.searchsorted(reaching, self.rank)]) << self._shift
+            self._low = self._window_low + offset
+            self._high = min(self._window_high, self._low + (1 << self._shift))
+        self._start_pass(self._low, self._high)
+
+    def _start_pass(self, low: int, high: int) -> None:
+        self._window_low, self._window_high = low, high
+        self._seen = self._above = self._held_size = self._shift = 0
+        self._held: list[np.ndarray] = []
+        distinct = 1 if high - low == 1 else 0  # how many offsets are told apart so far
+        self._offsets, self._counts = np.zeros(distinct, self._unsigned), np.zeros(distinct, np.int64)
+
+    def _tally(self) -> None:
+        """Counts the held entries by their offset into the window and holds them no longer."""
+        held = np.concatenate([np.empty(0, self._unsigned), *self._held])
+        offsets, counts = np.unique(held >> self._shift, return_counts=True)
+        self._offsets, self._counts = _merged(
+            np.concatenate([self._offsets, offsets]), np.concatenate([self._counts, counts])
+        )
+        self._held, self._held_size = [], 0
+
+    def _as_patterns(self, values: Float[np.ndarray, "..."]) -> UInt[np.ndarray, " n"]:
+        if values.dtype != self.dtype:
+            raise TypeError(f"the search is over {self.dtype} entries, not {values.dtype}; cast them first")
+        return values.reshape(-1).view(self._unsigned)
+
+
+def _merged(
+    offsets: UInt[np.ndarray, " n"], counts: Int[np.ndarray, " n"]
+) -> tuple[UInt[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+    """The distinct offsets in ascending order and the summed counts of each."""
+    order = np.argsort(offsets, kind="stable")  # linear where sorted runs meet, as they do here
+    offsets = offsets[order]
+    starts = np.flatnonzero(np.append(True, offsets[1:] != offsets[:-1])[: offsets.size])
+    return offsets[starts], np.add.reduceat(counts[order], starts) if starts.size else counts
