@@ -10,14 +10,22 @@ population gives 0 (`>=` keeps all).
 * `kth_largest` (in memory, pure JAX) fixes two bits of the answer per pass. A pass counts three thresholds in one
   variadic reduction: three separate sums would read the values three times on XLA:CPU, and one threshold per pass
   needs twice as many passes. Sharded values stay where they are: only counts travel.
-* `OrderStatisticSearch` (streamed, NumPy on host memory) counts what lies above a window of patterns and keeps what lies
-  inside. A small sample places the window, so that one pass nearly always ends the search; a sample that misleads
-  costs passes, never exactness.
+* `OrderStatisticSearch` (streamed, NumPy on host memory) counts what lies above a window of patterns and keeps what
+  lies inside. A small sample places the window, so that one pass nearly always ends the search; a sample that
+  misleads costs passes, never exactness.
 
-Milliseconds for the 20 % cut of 16.8 M float32 magnitudes (2 cores, medians of 5 rounds by
-`python benchmarks/selection.py`); "bfloat16" are differences of bfloat16 numbers, where ties abound:
+Milliseconds for the 20 % cut of 16.8 M float32 magnitudes (medians of one run of `python benchmarks/selection.py` on
+two cores that other work shared, so the ratios count; "bfloat16" are differences of bfloat16 numbers, full of ties):
 
-TABLE
+    way                                          normal   bfloat16
+    jnp.sort                                       5940       4130
+    lax.top_k                                      5600       2600
+    bisection, one bit a pass                       371        151
+    kth_largest                                     106         63
+    np.bincount, two passes                          78         64
+    np.partition (whole array in memory, a copy)     23         22
+    OrderStatisticSearch, without a sample          112         61
+    OrderStatisticSearch                             24         14
 """
 
 from __future__ import annotations
@@ -31,7 +39,7 @@ import numpy as np
 from jax import lax
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, Num, UInt
+    from jaxtyping import Array, Bool, Float, Int, Num, UInt
 
 _COUNTABLE = 1 << 32  # one uint32 counter counts fewer entries than this
 
@@ -46,16 +54,15 @@ def rank_words(rank: int | float | Num[np.ndarray, "*ranks"] | Num[Array, "*rank
     Returns:
         uint32 words, as a NumPy array when `rank` is concrete.
     """
-    if not isinstance(rank, jax.Array):
-        rank = np.asarray(rank)
-    xp = jnp if isinstance(rank, jax.Array) else np
-    rank = xp.maximum(rank, 0)
-    if xp.issubdtype(rank.dtype, xp.integer):
-        high = rank >> 32 if rank.dtype.itemsize > 4 else xp.zeros_like(rank)
-        low = rank & 0xFFFFFFFF if rank.dtype.itemsize > 4 else rank
+    xp: Any = jnp if isinstance(rank, jax.Array) else np
+    ranks = xp.maximum(xp.asarray(rank), 0)
+    if not xp.issubdtype(ranks.dtype, xp.integer):
+        high = xp.floor(ranks / 2.0**32)
+        low = ranks - high * 2.0**32
+    elif ranks.dtype.itemsize > 4:
+        high, low = ranks >> 32, ranks & 0xFFFFFFFF
     else:
-        high = xp.floor(rank / 2.0**32)
-        low = rank - high * 2.0**32
+        high, low = xp.zeros_like(ranks), ranks
     return xp.stack([high.astype(np.uint32), low.astype(np.uint32)], axis=-1)
 
 
@@ -82,25 +89,23 @@ def _kth_largest(values: list[Float[Array, "..."]], ranks: UInt[Array, "*ranks 2
     bits = values[0].dtype.itemsize * 8
     unsigned = jnp.dtype(f"uint{bits}").type
     patterns = [lax.bitcast_convert_type(value, unsigned) for value in values]
-    rank_high, rank_low = ranks
 
     def fix_two_bits(step: Int[Array, ""], answer: UInt[Array, ""]) -> UInt[Array, ""]:
         shift = unsigned(bits - 2) - unsigned(2) * step.astype(unsigned)
-        counts = _count_reaching(patterns, [answer + (unsigned(digit) << shift) for digit in (1, 2, 3)])
-        reached = [(high > rank_high) | ((high == rank_high) & (low >= rank_low)) for high, low in counts]
-        return answer + (sum(enough.astype(unsigned) for enough in reached) << shift)
+        reached = _reached(patterns, [answer + (unsigned(digit) << shift) for digit in (1, 2, 3)], ranks)
+        return answer + (sum(reach.astype(unsigned) for reach in reached) << shift)
 
     answer = lax.fori_loop(0, bits // 2, fix_two_bits, jnp.zeros((), unsigned))
     largest = lax.bitcast_convert_type(answer, values[0].dtype)
-    return jnp.where((rank_high == 0) & (rank_low == 0), jnp.inf, largest)
+    return jnp.where(jnp.any(ranks), largest, jnp.inf)
 
 
-def _count_reaching(
-    patterns: list[UInt[Array, "..."]], thresholds: list[UInt[Array, ""]]
-) -> list[tuple[UInt[Array, ""], UInt[Array, ""]]]:
-    """How many entries are at least each threshold, as words."""
+def _reached(
+    patterns: list[UInt[Array, "..."]], thresholds: list[UInt[Array, ""]], rank: UInt[Array, " 2"]
+) -> list[Bool[Array, ""]]:
+    """Whether at least `rank` (as words) entries reach each threshold, in one pass over the patterns."""
     zero = jnp.zeros((), jnp.uint32)
-    digits = [(zero, zero)] * len(thresholds)  # of base 2^16: sums of 2^16 digits stay below 2^32
+    digits = [(zero, zero)] * len(thresholds)  # counts in base 2^16: sums of 2^16 digits stay below 2^32
     for pattern in patterns:
         kept_axes = 1 if pattern.size >= _COUNTABLE else 0
         counts = lax.reduce(
@@ -110,20 +115,23 @@ def _count_reaching(
             tuple(range(kept_axes, pattern.ndim)),
         )
         digits = [
-            (high + jnp.sum(count >> 16), low + jnp.sum(count & 0xFFFF))
+            (high + jnp.sum(count >> 16, dtype=jnp.uint32), low + jnp.sum(count & 0xFFFF, dtype=jnp.uint32))
             for (high, low), count in zip(digits, counts, strict=True)
         ]
+    rank_high, rank_low = rank[0] << 16 | rank[1] >> 16, rank[1] & 0xFFFF
     carried = [(high + (low >> 16), low & 0xFFFF) for high, low in digits]
-    return [(high >> 16, high << 16 | low) for high, low in carried]
+    return [(high > rank_high) | ((high == rank_high) & (low >= rank_low)) for high, low in carried]
 
 
 _BLOCK = 1 << 17  # entries scanned at a time: the temporaries stay in the cache
-_HELD = 1 << 19  # entries held before equal ones are counted together; bounds the memory of a search
+_HELD = 1 << 18  # entries held before equal ones are counted together; bounds the memory of a search
 _SPREAD = 5.0  # standard errors of the sample to either side of the window
 
 
 class OrderStatisticSearch:
-    """The exact `rank`-th largest of a population that is fed in chunks, in bounded memory (at most some 6 MB).
+    """The exact `rank`-th largest of a population that is fed in chunks, in bounded memory.
+
+    A search holds at most some 3 MB, and 30 MB for a moment while it counts equal entries.
 
     ```python
     search = OrderStatisticSearch(rank=k, total=n)
@@ -135,9 +143,9 @@ class OrderStatisticSearch:
     search.result
     ```
 
-    With a representative sample one pass suffices; without one two do for float32 (four for float64), and so do
-    three when the sample misled. Searches are independent: several ranks or experts are several searches, and NumPy
-    releases the interpreter lock, so threads may each drive their own.
+    One pass suffices with a representative sample. Without one, or with a misleading one, two or three do (two more
+    for float64). Searches are independent: several ranks or experts are several searches, and since NumPy releases
+    the interpreter lock, threads may each drive their own.
 
     Attributes:
         done: whether `result` is known.
@@ -153,7 +161,7 @@ class OrderStatisticSearch:
         """
         self.rank, self.total, self.dtype = rank, total, np.dtype(dtype)
         self._unsigned = np.dtype(f"uint{8 * self.dtype.itemsize}")
-        # The answer is in [_low, _high) for certain; a pass looks into [_window_low, _window_high), which may be a guess.
+        # The answer lies in [_low, _high) for certain; the window that a pass looks into may be a guess.
         self._low, self._high = 0, 1 << (8 * self.dtype.itemsize - 1)
         if rank < 1:
             self._low = int(np.array(np.inf, self.dtype).view(self._unsigned))
@@ -181,12 +189,12 @@ class OrderStatisticSearch:
         """Guesses from a sample where the answer lies. To be called before the first pass, at most once.
 
         Entries of one piece may resemble each other: how much the pieces differ sets the width of the window. Some
-        2^17 entries in a hundred or more pieces, spread evenly over the population, serve well.
+        2^18 entries in hundreds of pieces, spread evenly over the population, serve well.
 
         Args:
-            pieces: entries of the population, at least one.
+            pieces: entries of the population; none at all leave the search as it is.
         """
-        if self.done:
+        if self.done or not sum(piece.size for piece in pieces):
             return
         patterns = np.sort(np.concatenate([self._as_patterns(piece) for piece in pieces]))
         at = patterns.size * (1 - self.rank / self.total)  # where the answer would be in the sorted sample
@@ -222,7 +230,9 @@ class OrderStatisticSearch:
             self._held_size += inside.size
             if self._held_size > _HELD:
                 self._tally()
-                while self._offsets.size > _HELD // 2:  # too many to tell apart: count ranges of 2^shift patterns
+                # Too many to tell apart are counted in ranges of 2^shift offsets. That many distinct ones span a window
+                # at least 2^9 times as wide as such a range, so every pass gains at least 9 bits.
+                while self._offsets.size > _HELD // 2:
                     self._shift += 8
                     self._offsets, self._counts = _merged(self._offsets >> 8, self._counts)
 

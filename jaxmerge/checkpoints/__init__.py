@@ -1,0 +1,1 @@
+"""Opening and saving checkpoints: safetensors, Orbax and npz; local paths and URLs."""

@@ -1,0 +1,289 @@
+"""Writing checkpoints: any part of any tensor, from any thread, published at once.
+
+`open_writer` lays out the files, reserves their space on the disk and writes everything but the tensors; `write` puts
+entries where they belong; `finish` makes all of it durable and gives the output its name. Until then nothing exists
+under that name, and after an error nothing is left over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxmerge.checkpoints import npz, orbax, safetensors
+from jaxmerge.checkpoints.layout import DTYPES, Layout, PlannedFile, TensorSpec
+from jaxmerge.checkpoints.publish import Staging, as_checkpoint_error, sync
+from jaxmerge.errors import CheckpointError, StructureError
+from jaxmerge.trees.lazy import LazyTensor
+from jaxmerge.trees.paths import named_leaves
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
+
+_PIECE_BYTES = 8 << 20  # lazy tensors are copied through a buffer of this size
+
+
+class CheckpointWriter:
+    """A checkpoint that is being written. `open_writer` makes one.
+
+    As a context manager it finishes at the end of the block, or aborts when an exception leaves it.
+
+    Attributes:
+        path: where the checkpoint will stand.
+        folder: the hidden folder in which it is built.
+        specs: the tensors by name.
+        bytes_written: bytes of tensor entries written so far.
+    """
+
+    def __init__(self, staging: Staging, layout: Layout, specs: Mapping[str, TensorSpec]):
+        self.path, self.folder, self.specs = staging.target, staging.folder, specs
+        self._staging, self._layout = staging, layout
+        self._lock = threading.Lock()
+        self._entries_written = dict.fromkeys(specs, 0)
+        for name, planned in layout.files.items():
+            _create(self.folder / name, planned)
+        for link, name in layout.links.items():
+            (self.folder / link).parent.mkdir(parents=True, exist_ok=True)
+            os.link(self.folder / name, self.folder / link)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(n * self.specs[name].dtype.itemsize for name, n in self._entries_written.items())
+
+    def write(self, name: str, start: int, values: Shaped[np.ndarray, " n"]) -> None:
+        """Writes the entries `start ... start + n` of the row-major flattened tensor. Thread-safe.
+
+        Args:
+            name: the tensor.
+            start: flat position of the first entry.
+            values: entries in the tensor's dtype; the memory may be reused when the call returns.
+
+        Raises:
+            CheckpointError: the entries do not fit the tensor, or the disk is full.
+        """
+        spec = self.specs[name]
+        if values.dtype != spec.dtype or values.ndim != 1 or not 0 <= start <= start + values.size <= spec.size:
+            raise CheckpointError(
+                f"{self.path}: cannot write {values.dtype.name}{list(values.shape)} at entry {start} of {name}, "
+                f"which is {spec.dtype.name}{list(spec.shape)}"
+            )
+        file, offset = self._layout.places[name]
+        data = np.ascontiguousarray(values).view(np.uint8)
+        with as_checkpoint_error(f"write {name} to {self.path}"):
+            _pwrite(self.folder / file, data, offset + start * spec.dtype.itemsize)
+        with self._lock:
+            self._entries_written[name] += values.size
+
+    def finish(self) -> Path:
+        """Makes everything durable and publishes it. Returns the path.
+
+        Raises:
+            CheckpointError: a tensor was not written completely, or the disk is full.
+            ConflictError: something has come into being at the path meanwhile.
+        """
+        for name, spec in self.specs.items():
+            if self._entries_written[name] != spec.size:
+                raise CheckpointError(
+                    f"{self.path}: {self._entries_written[name]} entries of {name} were written, of {spec.size}; "
+                    "write each entry once before finish()"
+                )
+        with as_checkpoint_error(f"write {self.path}"):
+            if self._layout.seal is not None:
+                self._layout.seal(self.folder)
+            for name in self._layout.files:
+                sync(self.folder / name)
+        self._staging.commit()
+        return self.path
+
+    def abort(self) -> None:
+        """Removes everything that was written, unless it is finished already."""
+        self._staging.abort()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.abort()
+            return
+        try:
+            self.finish()
+        except BaseException:
+            self.abort()
+            raise
+
+
+def open_writer(
+    path: str | Path,
+    specs: Sequence[TensorSpec],
+    *,
+    format: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    max_shard_bytes: int | None = None,
+    side_files: Mapping[str, Path | bytes] | None = None,
+    overwrite: bool = False,
+) -> CheckpointWriter:
+    """Starts a checkpoint: lays out its files, reserves their space and writes all but the tensors.
+
+    Args:
+        path: a local file (suffix `.safetensors` or `.npz`) or else a folder. Missing parent folders are made.
+        specs: the tensors, in the order in which they are best written.
+        format: "safetensors", "npz" or "orbax"; by default what the suffix of `path` says, and safetensors for folders.
+        metadata: text to store with the tensors; what is no text is stored as JSON.
+        aliases: tied tensors, `{further name: name in specs}`: one copy is stored, readers see both names.
+        max_shard_bytes: safetensors folders are split into files of at most this many bytes of tensors
+            (a larger tensor gets a file of its own), with an index.
+        side_files: further files of a folder: `{name: content or file to copy}`.
+        overwrite: replace what stands at `path`, when finished.
+
+    Returns:
+        A writer; it must be finished or aborted.
+
+    Raises:
+        ConflictError: the path exists, or somebody else is writing it.
+        CheckpointError: the format cannot hold these tensors, the disk is full, or permission is denied.
+        StructureError: two tensors have the same name.
+    """
+    if "://" in str(path):
+        raise CheckpointError(f"{path}: checkpoints are written to local paths only; write there and upload the result")
+    path, metadata, aliases, side_files = Path(path), metadata or {}, aliases or {}, side_files or {}
+    by_name = {spec.name: spec for spec in specs}
+    if len({*by_name, *aliases}) != len(specs) + len(aliases):
+        raise StructureError(f"{path}: two tensors have the same name")
+    for name, kept in aliases.items():
+        if kept not in by_name:
+            raise StructureError(f"{path}: {name} is tied to {kept}, which is not written")
+    for spec in specs:
+        if DTYPES.get(spec.dtype.name) != spec.dtype:
+            raise CheckpointError(f"{path}: {spec.name} has the dtype {spec.dtype}, which cannot be stored; cast it")
+    format = format or {".safetensors": "safetensors", ".npz": "npz"}.get(path.suffix, "safetensors")
+    is_folder = True
+    if format == "safetensors" and path.suffix == ".safetensors":
+        is_folder = False
+        layout = safetensors.file_layout(path.name, specs, metadata, aliases)
+    elif format == "safetensors":
+        layout = safetensors.folder_layout(specs, metadata, aliases, max_shard_bytes)
+    elif format == "npz":
+        is_folder = False
+        layout = npz.layout(path.name, specs, metadata, aliases)
+    elif format == "orbax":
+        layout = orbax.layout(specs, metadata, aliases)
+    else:
+        raise CheckpointError(f"{path}: unknown format {format!r}; choose safetensors, npz or orbax")
+    if max_shard_bytes is not None and not (format == "safetensors" and is_folder):
+        raise CheckpointError(f"{path}: only a safetensors folder has shards; give a path without suffix")
+    if side_files and not is_folder:
+        raise CheckpointError(f"{path}: a single file has no place for {', '.join(side_files)}; write to a folder")
+    files = dict(layout.files)
+    for name, content in side_files.items():
+        if Path(name).name != name or name in files:
+            raise CheckpointError(f"{path}: {name!r} cannot be the name of a side file of this checkpoint")
+        with as_checkpoint_error(f"copy {name} to {path}"):
+            files[name] = PlannedFile.of(content if isinstance(content, bytes) else content.read_bytes())
+    staging = Staging(path, is_folder=is_folder, overwrite=overwrite)
+    try:
+        with as_checkpoint_error(f"write {path}"):
+            return CheckpointWriter(staging, dataclasses.replace(layout, files=files), by_name)
+    except BaseException:
+        staging.abort()
+        raise
+
+
+def save_checkpoint(
+    path: str | Path,
+    params: Any,
+    *,
+    format: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    max_shard_bytes: int | None = None,
+    side_files: Mapping[str, Path | bytes] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Saves parameters. The checkpoint appears complete or not at all.
+
+    Args:
+        path: a local file (suffix `.safetensors` or `.npz`) or else a folder. Missing parent folders are made.
+        params: any tree of arrays or lazy tensors. The stored names are those of `named_leaves`: a flat dict keeps its
+            own, nested keys are joined by `/` (Orbax stores the nesting, with positions in sequences as keys). An array
+            or lazy tensor that stands under several names is stored once, and opens as one tensor again.
+        format: "safetensors", "npz" or "orbax"; by default what the suffix of `path` says, and safetensors for folders.
+        metadata: text to store with the tensors; what is no text is stored as JSON.
+        max_shard_bytes: safetensors folders are split into files of at most this many bytes of tensors
+            (a larger tensor gets a file of its own), with an index.
+        side_files: further files of a folder, such as `Checkpoint.side_files`: `{name: content or file to copy}`.
+        overwrite: replace what stands at `path`.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        ConflictError: the path exists, or somebody else is writing it.
+        CheckpointError: the format cannot hold these tensors, the disk is full, or permission is denied.
+        StructureError: two tensors have the same name.
+    """
+    kept: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    tensors: dict[str, Any] = {}
+    for name, leaf in named_leaves(params).items():
+        if not hasattr(leaf, "dtype"):
+            tensors[name] = np.asarray(leaf)  # Python numbers; equal ones may be one object without being tied
+        elif id(leaf) in kept:
+            aliases[name] = kept[id(leaf)]
+        elif not isinstance(leaf.dtype, np.dtype):
+            raise CheckpointError(f"{path}: {name} is an array of {leaf.dtype}, no numbers; store jax.random.key_data")
+        else:
+            kept[id(leaf)], tensors[name] = name, leaf
+    specs = [TensorSpec(name, leaf.dtype, tuple(leaf.shape)) for name, leaf in tensors.items()]
+    with open_writer(
+        path,
+        specs,
+        format=format,
+        metadata=metadata,
+        aliases=aliases,
+        max_shard_bytes=max_shard_bytes,
+        side_files=side_files,
+        overwrite=overwrite,
+    ) as writer:
+        buffer = np.empty(_PIECE_BYTES, np.uint8)
+        for spec in specs:
+            leaf = tensors[spec.name]
+            if not isinstance(leaf, LazyTensor):
+                writer.write(spec.name, 0, np.asarray(leaf).reshape(-1))
+                continue
+            step = _PIECE_BYTES // spec.dtype.itemsize
+            for start in range(0, spec.size, step):
+                piece = buffer[: min(step, spec.size - start) * spec.dtype.itemsize].view(spec.dtype)
+                leaf.read_flat(start, piece)
+                writer.write(spec.name, start, piece)
+    return writer.path
+
+
+def _create(path: Path, planned: PlannedFile) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less what the umask takes away
+    try:
+        if planned.size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, planned.size)  # a full disk shows here, not after an hour of merging
+        else:
+            os.ftruncate(fd, planned.size)
+    finally:
+        os.close(fd)
+    for offset, content in planned.fixed:
+        _pwrite(path, np.frombuffer(content, np.uint8), offset)
+
+
+def _pwrite(path: Path, data: np.ndarray, offset: int) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        done = 0
+        while done < data.size:
+            done += os.pwrite(fd, data[done:].data, offset + done)
+    finally:
+        os.close(fd)
