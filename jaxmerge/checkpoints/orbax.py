@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxmerge.checkpoints.layout import Layout, PlannedFile, TensorSpec, as_text, text_metadata
 from jaxmerge.checkpoints.stores import ByteCounter, Store, load_json, wait
@@ -25,7 +26,6 @@ from jaxmerge.trees.lazy import Box, LazyTensor, covering_boxes
 
 if TYPE_CHECKING:
     import tensorstore as ts
-    from jaxtyping import Shaped
 
 CHUNK_BYTES = 4 << 20
 """Size of the pieces in which the arrays that we write can be read."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxmerge.checkpoints.stores import PIECE_BYTES, ByteSource
 from jaxmerge.trees.lazy import Box, LazyTensor
-
-if TYPE_CHECKING:
-    from jaxtyping import Shaped
 
 
 class StoredTensor(LazyTensor):

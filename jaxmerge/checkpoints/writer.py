@@ -12,9 +12,10 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxmerge.checkpoints import npz, orbax, safetensors
 from jaxmerge.checkpoints.layout import DTYPES, Layout, PlannedFile, TensorSpec
@@ -22,9 +23,6 @@ from jaxmerge.checkpoints.publish import Staging, as_checkpoint_error, sync
 from jaxmerge.errors import CheckpointError, StructureError
 from jaxmerge.trees.lazy import LazyTensor
 from jaxmerge.trees.paths import named_leaves
-
-if TYPE_CHECKING:
-    from jaxtyping import Shaped
 
 _PIECE_BYTES = 8 << 20  # lazy tensors are copied through a buffer of this size
 
@@ -56,7 +54,7 @@ class CheckpointWriter:
     def bytes_written(self) -> int:
         return sum(n * self.specs[name].dtype.itemsize for name, n in self._entries_written.items())
 
-    def write(self, name: str, start: int, values: Shaped[np.ndarray, " n"]) -> None:
+    def write(self, name: str, start: int, values: Shaped[np.ndarray, "..."]) -> None:
         """Writes the entries `start ... start + n` of the row-major flattened tensor. Thread-safe.
 
         Args:

@@ -148,7 +148,7 @@ def _seeds(
         count = layers[name]
         named = [_words(name)] if count is None else [_words(f"{name}/{layer}") for layer in range(count)]
         mixed = np.stack(named)[:, None] ^ (of_experts * np.uint32(0x9E3779B1))
-        seed = _mix_words(jnp.asarray(mixed), words.reshape(-1)[:2])
+        seed = _mix_words(jax.device_put(mixed), words.reshape(-1)[:2])
         seeds[name] = seed[0] if count is None else seed
     return seeds
 

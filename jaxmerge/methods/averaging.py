@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, coefficient, per_expert
@@ -15,16 +16,13 @@ from jaxmerge.methods.method import Method, pytree, static
 from jaxmerge.methods.task_arithmetic import nonzero
 from jaxmerge.trees.info import TensorInfo
 
-if TYPE_CHECKING:
-    from jaxtyping import Array
-
 
 @pytree
 class Linear(Method):
     """See `linear`."""
 
     weights: Any = 1.0
-    normalize: bool = static(True)
+    normalize: bool = static(default=True)
 
     def at(self, info: TensorInfo, experts: tuple[str, ...]) -> Linear:
         return dataclasses.replace(self, weights=per_expert(self.weights, info, experts, "weights"))
@@ -33,7 +31,7 @@ class Linear(Method):
         first = experts[0]
         weights = [jnp.asarray(w, first.dtype) for w in self.weights]
         if not self.normalize:
-            return sum((w * x for w, x in zip(weights[1:], experts[1:], strict=True)), weights[0] * first)
+            return sum([w * x for w, x in zip(weights, experts, strict=True)], jnp.zeros_like(first))
         # Relative to the first expert, so that the mean of identical models is that model bit for bit.
         share = 1 / nonzero(sum(weights[1:], weights[0]), below=1e-8)
         moved = sum(
@@ -46,9 +44,9 @@ class Linear(Method):
 class ModelStock(Method):
     """See `model_stock`."""
 
-    average: Literal["cosine", "angle"] = static("cosine")
-    axis: int | None = static(None)
-    clip: bool = static(False)
+    average: Literal["cosine", "angle"] = static(default="cosine")
+    axis: int | None = static(default=None)
+    clip: bool = static(default=False)
 
     needs_base = True
 
@@ -79,7 +77,7 @@ class ModelStock(Method):
     def _interpolation(self, gram: list[list[Any]]) -> Any:
         """How far from the base to the mean to go, from the inner products of the task vectors."""
         count = len(gram)
-        norms = [jnp.sqrt(gram[i][i]) for i in range(count)]
+        norms = [jnp.where(gram[i][i] > 0, jnp.sqrt(nonzero(gram[i][i])), 0) for i in range(count)]
         pairs = [(i, j) for i in range(count) for j in range(i)]
         cosines = [jnp.clip(gram[i][j] / nonzero(norms[i] * norms[j]), -1, 1) for i, j in pairs]
         if self.average == "angle":

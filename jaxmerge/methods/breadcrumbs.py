@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, check_range, coefficient, is_plain_number, per_expert
-from jaxmerge.methods.measurements import OrderStatistic, Scope
+from jaxmerge.methods.measurements import Count, OrderStatistic, Scope, kept_count
 from jaxmerge.methods.method import pytree, static
 from jaxmerge.methods.selection import rank_words
 from jaxmerge.methods.stages import Chain, Stage, TaskVectors, chain
@@ -25,7 +26,9 @@ class KeepMiddle(Stage):
 
     density: Any
     gamma: Any
-    scope: Scope = static("tensor")
+    scope: Scope = static(default="tensor")
+    inclusive: bool = static(default=False)
+    count: Count = static(default="kept")
     _ranks: Any = None
 
     @property
@@ -38,12 +41,24 @@ class KeepMiddle(Stage):
         gammas = per_expert(self.gamma, info, experts, "gammas")
         ranks = []
         for density, gamma in zip(densities, gammas, strict=True):
-            outliers, last = _cuts(density, gamma, size)
-            ranks.append(jnp.stack([rank_words(outliers + 1), rank_words(last)]))
+            outliers, last = self._cuts(density, gamma, size)
+            ranks.append((rank_words(outliers + 1), rank_words(last)))
         return dataclasses.replace(self, density=None, gamma=None, _ranks=ranks)
 
+    def _cuts(self, density: Any, gamma: Any, size: int) -> tuple[Any, Any]:
+        """How many of the largest entries go (fewer if density needs them), and the rank of the last entry kept."""
+        kept = kept_count(density, size, inclusive=self.inclusive, count=self.count)
+        if self.count == "kept":
+            outliers = _floor(gamma, size)
+        else:  # those dropped in all, less the smallest
+            outliers = kept_count(density + gamma, size, count="dropped") - kept_count(density, size, count="dropped")
+        known = is_plain_number(kept) and is_plain_number(outliers)
+        outliers = (min if known else jnp.minimum)(outliers, size - kept)
+        return outliers, outliers + kept
+
     def measure(self, vectors: TaskVectors, info: TensorInfo) -> OrderStatistic:
-        return OrderStatistic(tuple(jnp.abs(delta) for delta in vectors.deltas), jnp.stack(self._ranks))
+        ranks = jnp.stack([jnp.stack([jnp.asarray(rank) for rank in cuts]) for cuts in self._ranks])
+        return OrderStatistic(tuple(jnp.abs(delta) for delta in vectors.deltas), ranks)
 
     def apply(self, vectors: TaskVectors, info: TensorInfo, measured: Any) -> TaskVectors:
         deltas = []
@@ -59,19 +74,19 @@ class KeepMiddleOfFibres(Stage):
 
     density: Any
     gamma: Any
-    axis: int = static(-1)
-    order: Order = static("outliers_first")
+    axis: int = static(default=-1)
+    order: Order = static(default="outliers_first")
     _kept: Any = None
     _removed: Any = None
 
     whole_tensor = True
 
     def at(self, info: TensorInfo, experts: tuple[str, ...]) -> KeepMiddleOfFibres:
-        length = info.shape[self.axis] if info.shape else 1
+        length = info.shape[self.axis if len(info.shape) > 1 else -1] if info.shape else 1
         densities = per_expert(self.density, info, experts, "densities")
         gammas = per_expert(self.gamma, info, experts, "gammas")
-        counts = [[jnp.float32(_floor(share, length)) for share in shares] for shares in (densities, gammas)]
-        return dataclasses.replace(self, density=None, gamma=None, _kept=counts[0], _removed=counts[1])
+        kept, removed = ([_floor(share, length) for share in shares] for shares in (densities, gammas))
+        return dataclasses.replace(self, density=None, gamma=None, _kept=kept, _removed=removed)
 
     def apply(self, vectors: TaskVectors, info: TensorInfo, measured: Any) -> TaskVectors:
         deltas = []
@@ -81,7 +96,7 @@ class KeepMiddleOfFibres(Stage):
                 continue
             # Outliers zeroed first rank last afterwards, so they fill the count of entries kept with zeros.
             for limit in (removed, kept) if self.order == "outliers_first" else (kept, removed):
-                rank = _rank_from_top(delta, self.axis)
+                rank = _rank_from_top(delta, self.axis if delta.ndim > 1 else -1)
                 delta = jnp.where(rank < limit if limit is kept else rank >= limit, delta, 0)
             deltas.append(delta)
         return vectors.replace(deltas=tuple(deltas))
@@ -93,20 +108,8 @@ def _rank_from_top(delta: Any, axis: int) -> Any:
     return jnp.argsort(order, axis=axis, stable=True).astype(delta.dtype)
 
 
-def _cuts(density: Any, gamma: Any, size: int) -> tuple[Any, Any]:
-    """How many of the largest entries go (fewer if density needs them), and the rank of the last entry kept."""
-    kept, outliers = _floor(density, size), _floor(gamma, size)
-    if isinstance(kept, int) and isinstance(outliers, int):
-        kept = max(kept, 1)
-        outliers = min(outliers, size - kept)
-    else:
-        kept = jnp.maximum(kept, 1)
-        outliers = jnp.minimum(outliers, size - kept)
-    return outliers, outliers + kept
-
-
 def _floor(share: Any, size: int) -> Any:
-    return int(float(share) * size) if is_plain_number(share) else jnp.floor(share * size * (1 + 2.0**-22))
+    return float(int(float(share) * size)) if is_plain_number(share) else jnp.floor(share * size * (1 + 2.0**-22))
 
 
 def keep_middle(
@@ -114,6 +117,8 @@ def keep_middle(
     *,
     gamma: Coefficient = 0.01,
     scope: Scope = "tensor",
+    inclusive: bool = False,
+    count: Count = "kept",
     axis: int | None = None,
     order: Order = "outliers_first",
 ) -> Stage:
@@ -123,6 +128,10 @@ def keep_middle(
         density: $\beta$, the share kept, in (0, 1]; one for all or one per expert. Ties at either cut are kept.
         gamma: $\gamma$, the share of outliers removed, in [0, 1); fewer go where `density + gamma` exceeds 1.
         scope: shares are of each `"tensor"` (mergekit, MergeLLM) or of the whole `"model"`.
+        inclusive: keep one entry more at the lower cut, as MergeLLM does.
+        count: whether integer parts are taken of the numbers `"kept"` and removed as said above, or of the numbers
+            `"dropped"`: `int((1 - density) * n)` in all, `int((1 - density - gamma) * n)` of them the smallest
+            (MergeLLM).
         axis: shares are of each fibre along this axis instead (the published code: -1); needs whole tensors, equal
             magnitudes are ranked by position.
         order: with an axis: remove outliers first, which then count among the kept as zeros (the published default), or
@@ -133,9 +142,11 @@ def keep_middle(
     """
     check_range("density", density, 0.0, 1.0, open_low=True)
     check_range("gamma", gamma, 0.0, 1.0)
-    if axis is not None:
-        return KeepMiddleOfFibres(coefficient(density), coefficient(gamma), axis, order)
-    return KeepMiddle(coefficient(density), coefficient(gamma), scope)
+    if axis is None:
+        return KeepMiddle(coefficient(density), coefficient(gamma), scope, inclusive, count)
+    if inclusive or count != "kept":
+        raise RecipeError("keep_middle counts other than by default over tensors and models only; leave out axis")
+    return KeepMiddleOfFibres(coefficient(density), coefficient(gamma), axis, order)
 
 
 def breadcrumbs(

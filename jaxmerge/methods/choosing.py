@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jaxtyping import Array
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, Table, at_tensor, coefficient
@@ -12,17 +14,14 @@ from jaxmerge.methods.method import Granularity, Method, pytree, static
 from jaxmerge.trees.info import TensorInfo
 from jaxmerge.trees.paths import match_rules
 
-if TYPE_CHECKING:
-    from jaxtyping import Array
-
 
 @pytree
 class Passthrough(Method):
     """See `passthrough`."""
 
     scale: Any = 1.0
-    source: str | None = static(None)
-    _index: int | None = static(None)
+    source: str | None = static(default=None)
+    _index: int | None = static(default=None)
 
     def check(self, experts: tuple[str, ...], has_base: bool, tensors: Sequence[str]) -> None:
         super().check(experts, has_base, tensors)
@@ -45,9 +44,9 @@ class Passthrough(Method):
 class Partition(Method):
     """See `partition`."""
 
-    names: tuple[str, ...] = static(())
+    names: tuple[str, ...] = static(default=())
     methods: tuple[Method, ...] = ()
-    labels: Callable[[TensorInfo], str] | tuple[tuple[str, str], ...] = static(())
+    labels: Callable[[TensorInfo], str] | tuple[tuple[str, str], ...] = static(default=())
 
     def check(self, experts: tuple[str, ...], has_base: bool, tensors: Sequence[str]) -> None:
         if not callable(self.labels):

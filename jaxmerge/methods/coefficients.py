@@ -100,8 +100,7 @@ def at_tensor(value: Any, info: TensorInfo) -> Any:
 
 
 def per_expert(value: Any, info: TensorInfo, experts: tuple[str, ...], what: str) -> Any:
-    """The plain values of a coefficient for one tensor, one per expert: a list of K numbers, or an array of shape
-    `[K]`.
+    """The plain values of a coefficient for one tensor, one per expert: a list of K numbers, or an array `[K]`.
 
     Raises:
         RecipeError: there are more or fewer values than experts.

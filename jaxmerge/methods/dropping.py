@@ -8,10 +8,11 @@ a 32-bit finaliser over the position, mixed with 64 bits of seed: good enough fo
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, check_range, coefficient, is_plain_number, per_expert
@@ -21,9 +22,6 @@ from jaxmerge.methods.task_arithmetic import Scale, total, weigh
 from jaxmerge.methods.ties import disjoint_mean, disjoint_sum, elect_sign, rescale, trim
 from jaxmerge.trees.info import TensorInfo
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, UInt32
-
 Restore = Literal["density", "l1"] | None
 
 
@@ -32,7 +30,7 @@ class Drop(Stage):
     """See `drop`."""
 
     density: Any
-    restore: bool = static(True)
+    restore: bool = static(default=True)
 
     draws = True
 
@@ -53,8 +51,8 @@ class Magprune(Stage):
 
     density: Any
     epsilon: Any
-    restore: bool = static(True)
-    axis: Literal["input", "tensor"] | int = static("input")
+    restore: bool = static(default=True)
+    axis: Literal["input", "tensor"] | int = static(default="input")
 
     draws = True
     whole_tensor = True
@@ -202,8 +200,9 @@ def dare(
     normalize: bool = False,
     restore: Restore = "density",
 ) -> Chain:
-    r"""DARE, then task arithmetic (`dare_linear` elsewhere): $\theta = \theta_0 + \lambda \sum_i w_i\, m_i \odot \tau_i
-    / d$.
+    r"""DARE, then task arithmetic (`dare_linear` elsewhere).
+
+    With random masks $m_i$: $\theta = \theta_0 + \lambda \sum_i w_i\, m_i \odot \tau_i / d$.
 
     Args:
         density: probability $d$ to keep an entry, in (0, 1].

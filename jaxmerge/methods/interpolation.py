@@ -6,9 +6,10 @@ The two models are the base and the one expert, or, without a base, two experts 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, coefficient
@@ -16,9 +17,6 @@ from jaxmerge.methods.measurements import Scope, Total
 from jaxmerge.methods.method import Method, pytree
 from jaxmerge.methods.task_arithmetic import nonzero
 from jaxmerge.trees.info import TensorInfo
-
-if TYPE_CHECKING:
-    from jaxtyping import Array
 
 
 class _Pair(Method):
@@ -89,8 +87,9 @@ def slerp(t: Coefficient = 0.5) -> Method:
 
 
 def nearswap(t: Coefficient) -> Method:
-    r"""Moves towards the second model where both are already close: $\theta = r b + (1 - r) a$, $r = \min(t / |a - b|,
-    1)$.
+    r"""Moves towards the second model where both are already close.
+
+    Entry by entry: $\theta = r b + (1 - r) a$ with $r = \min(t / |a - b|, 1)$.
 
     Args:
         t: distance, in units of the weights, up to which an entry becomes the second model's.

@@ -3,150 +3,217 @@
 What a lazily merged tensor and the streaming engine share is here too: a tensor's inputs in chunks, and measurements
 gathered over chunks, whoever reads them. Results of measurements are kept, so a tensor is measured once, however it is
 sliced afterwards.
+
+The invariant: a chunk is all that a method sees, and any cut into chunks gives the same result. The chunk of a method
+that needs tensors whole is the whole tensor.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import Float, Num
 
 from jaxmerge.errors import NonFiniteError, StructureError
 from jaxmerge.methods.assignment import Assignment, TensorTask
-from jaxmerge.methods.measurements import Total
-from jaxmerge.methods.programs import measure_chunk, merge_chunk, merge_whole
+from jaxmerge.methods.chunk_programs import measure_chunk, merge_chunk
+from jaxmerge.methods.measurements import Measurement, OrderStatistic, Total
+from jaxmerge.methods.method import Method
 from jaxmerge.methods.selection import OrderStatisticSearch
 from jaxmerge.trees.info import TensorInfo
 from jaxmerge.trees.lazy import ArrayTensor, Box, LazyTensor, StackedTensor
 from jaxmerge.trees.paths import Params, with_leaves
 from jaxmerge.trees.task_vectors import accumulation_dtype
 
-if TYPE_CHECKING:
-    from jaxtyping import Num
+T = TypeVar("T")
 
-CHUNK = 1 << 20
-"""Entries per chunk where nobody gives a budget: a few MiB per input, the sweet spot of readers and caches."""
+CHUNK = 1 << 17
+"""Entries per chunk: enough to make the cost of a call small, few enough for the inputs of a chunk to stay in cache."""
 
-_SAMPLED = 1 << 20  # populations below this are searched without a sample
-_SAMPLE_STRIDE, _SAMPLE_RUN = 1 << 18, 1 << 12  # one run of entries sampled per stride
+SEARCH_BYTES = 6 << 20
+"""What one search for an order statistic takes at most."""
+
+_SMALL = 1 << 14  # the other length that programs are compiled for: norms, biases and the ends of tensors
+_SAMPLED_POPULATION = 1 << 20  # smaller ones are searched without a sample
+_SAMPLE = 1 << 17  # entries of a sample at most
+_PIECES = 64  # pieces of a sample, for each of the first 16 tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A run of a tensor's row-major flattened entries, in every input.
+    """A run of a tensor's row-major flattened entries in every input, or, for a method that needs it, the whole tensor.
 
     Attributes:
         start: flat position of the first entry.
-        size: number of entries; the arrays may be longer, padded with zeros, which no measurement notices.
-        base: `[≥ size]` in the tensor's dtype, or None without a base.
+        size: number of entries; flat arrays may be longer, padded with zeros, which no measurement notices.
+        base: `[≥ size]`, or of the tensor's shape, in the tensor's dtype; None without a base.
         experts: K arrays like it.
     """
 
     start: int
     size: int
-    base: Num[np.ndarray, " n"] | None
-    experts: list[Num[np.ndarray, " n"]]
+    base: Num[np.ndarray, "..."] | None
+    experts: list[Num[np.ndarray, "..."]]
 
 
-Chunks = Callable[[TensorTask], Iterable[Chunk]]
-"""Gives a tensor's inputs from first entry to last, anew at each call. Arrays may be reused once the next is asked for."""
+class Reader:
+    """How the inputs of a merge are read while it is measured: here one chunk after the other, into fresh arrays.
+
+    The streaming engine has readers that read in parallel, and into memory that it reuses.
+
+    Attributes:
+        chunk: entries per chunk.
+    """
+
+    chunk: int = CHUNK
+
+    def visit(self, tasks: Sequence[TensorTask], function: Callable[[TensorTask, Chunk], T]) -> list[T]:
+        """Calls a function for every chunk of the tensors, maybe from several threads; results are in order."""
+        return [function(task, chunk) for task in tasks for chunk in read_chunks(task)]
+
+    def sample(self, task: TensorTask, starts: Sequence[int], run: int) -> Chunk:
+        """The runs of `run` entries from each of `starts` on, joined into one chunk."""
+        chunk = empty_chunk(task, 0, run * len(starts), self.chunk)
+        for source, array in inputs(task, chunk):
+            for i, start in enumerate(starts):
+                source.read_flat(start, array[i * run : (i + 1) * run])
+        return chunk
+
+
+_READER = Reader()
 
 
 class LazyMerge:
-    """A merge of lazy parameters: its tensors, and what has been measured so far.
+    """A merge of lazy parameters: its tensors, and what has been measured so far. Several threads may use it.
 
     Attributes:
         job: the assignment.
         tasks: tensor name → the tasks that merge it: one, or one per layer for a stacked leaf. All inputs are lazy.
+        allow_nonfinite: NaN and infinity may pass.
     """
 
     def __init__(self, job: Assignment, allow_nonfinite: bool):
         self.job, self.allow_nonfinite = job, allow_nonfinite
         self.tasks = {name: _lazy_tasks(task) for name, task in job.tasks.items()}
-        self._stats: dict[int, tuple[Any, ...]] = {}
-        self._lock = threading.RLock()
+        self._groups: dict[int, list[TensorTask]] = {}
+        for task in (task for tasks in self.tasks.values() for task in tasks):
+            self._groups.setdefault(task.group, []).append(task)
+        self._stats: dict[int, list[Any]] = {id(task): [] for group in self._groups.values() for task in group}
+        self._memory: dict[Any, int] = {}
+        self._task_locks = {key: threading.RLock() for key in self._stats}
+        self._group_locks = {group: threading.RLock() for group in self._groups}
 
-    def stats(self, task: TensorTask, chunks: Chunks | None = None) -> tuple[Any, ...]:
+    def group(self, task: TensorTask) -> list[TensorTask]:
+        """The tasks that share measurements over the model with this one, which is among them."""
+        return self._groups[task.group]
+
+    def stats(self, task: TensorTask, reader: Reader = _READER) -> tuple[Any, ...]:
         """The results of all measurements of a task, taken now where they are not known yet.
 
         Args:
             task: one of `tasks`.
-            chunks: how to read; by default one chunk after the other.
+            reader: how to read.
         """
-        with self._lock:
-            for number, scope in enumerate(task.method.passes):
-                if number < len(self._stats.get(id(task), ())):
+        self._measure(task, len(task.method.passes), reader)
+        return tuple(self._stats[id(task)])
+
+    def _measure(self, task: TensorTask, count: int, reader: Reader) -> None:
+        """Takes the first `count` measurements."""
+        known = self._stats[id(task)]
+        for number, scope in enumerate(task.method.passes[:count]):
+            # Who holds a task's lock waits for no lock of this merge, so there is no deadlock.
+            with self._task_locks[id(task)] if scope == "tensor" else self._group_locks[task.group]:
+                if number < len(known):
                     continue
-                together = [task]
-                if scope == "model":
-                    together = [t for tasks in self.tasks.values() for t in tasks if t.group == task.group]
-                    for other in together:  # what comes before this pass must be known of all
-                        if other is not task and len(self._stats.get(id(other), ())) < number:
-                            self._measure_up_to(other, number, chunks or read_chunks)
-                result = self._measured(together, chunks or read_chunks)
+                together = [task] if scope == "tensor" else self.group(task)
                 for other in together:
-                    self._stats[id(other)] = (*self._stats.get(id(other), ()), result)
-            return self._stats.get(id(task), ())
+                    if other is not task:
+                        self._measure(other, number, reader)
+                result = self._measured(together, reader)
+                for other in together:
+                    self._stats[id(other)].append(result)
 
-    def _measure_up_to(self, task: TensorTask, number: int, chunks: Chunks) -> None:
-        while len(self._stats.get(id(task), ())) < number:
-            result = self._measured([task], chunks)
-            self._stats[id(task)] = (*self._stats.get(id(task), ()), result)
+    def _measured(self, tasks: Sequence[TensorTask], reader: Reader) -> Any:
+        """The next measurement, over all entries of these tensors together."""
+        search = _Search(sum(task.info.size for task in tasks))
 
-    def _measured(self, tasks: Sequence[TensorTask], chunks: Chunks) -> Any:
-        """One measurement over all entries of these tensors."""
-        total: Any = None
-        searches: list[list[OrderStatisticSearch]] | None = None
-        population = sum(task.info.size for task in tasks)
-        if population >= _SAMPLED:
-            for task in tasks:
-                for chunk in _sample(task):
-                    measurement = self._measure_chunk(task, chunk)
-                    if isinstance(measurement, Total):
-                        break
-                    searches = searches or _searches(measurement, population)
-                    _each(searches, measurement, chunk.size, lambda search, values: search.sample([values]))
-        while True:
-            for task in tasks:
-                for chunk in chunks(task):
-                    measurement = self._measure_chunk(task, chunk)
-                    if isinstance(measurement, Total):
-                        part = jax.tree.map(lambda x: np.asarray(x, np.float64), measurement.value)
-                        total = part if total is None else jax.tree.map(np.add, total, part)
-                    else:
-                        searches = searches or _searches(measurement, population)
-                        _each(searches, measurement, chunk.size, lambda search, values: search.update(values))
-            if searches is None:
-                dtype = accumulation_dtype(tasks[0].experts[0].dtype)
-                return jax.tree.map(lambda x: np.asarray(x, dtype), total)
-            for row in searches:
-                for search in row:
-                    if not search.done:
-                        search.end_pass()
-            if all(search.done for row in searches for search in row):
-                return np.stack([np.stack([search.result for search in row]) for row in searches])
+        def take(task: TensorTask, chunk: Chunk) -> Any:
+            measurement = self._measure_chunk(task, chunk)
+            if isinstance(measurement, Total):
+                return jax.tree.map(lambda x: np.asarray(x, np.float64), measurement.value)
+            search.update(measurement, chunk.size)
+            return None
 
-    def _measure_chunk(self, task: TensorTask, chunk: Chunk) -> Any:
-        stats = self._stats.get(id(task), ())
-        measurement, finite = measure_chunk(
-            task.method, chunk.base, chunk.experts, chunk_info(task.info, chunk.start), stats
-        )
-        self.check_finite(task, finite)
+        if search.population >= _SAMPLED_POPULATION and not any(task.method.whole_tensor for task in tasks):
+            run, samples = _sample_places(tasks, reader.chunk)
+            pieces = [(self._measure_chunk(task, reader.sample(task, at, run)), len(at)) for task, at in samples]
+            search.sample(pieces, run)
+        while not search.done:
+            totals = reader.visit(tasks, take)
+            if totals[0] is not None:
+                total = jax.tree.map(lambda *parts: functools.reduce(np.add, parts), *totals)
+                return jax.tree.map(lambda x: np.asarray(x, accumulation_dtype(tasks[0].experts[0].dtype)), total)
+            search.end_pass()
+        return search.result
+
+    def _measure_chunk(self, task: TensorTask, chunk: Chunk) -> Measurement:
+        stats = tuple(self._stats[id(task)])
+        info = chunk_info(task.info, chunk.start)
+        measurement, finite = measure_chunk(task.method, chunk.base, chunk.experts, info, stats)
+        self._check_finite(task, finite)
         return measurement
 
-    def merge(self, task: TensorTask, chunk: Chunk, stats: tuple[Any, ...]) -> jax.Array:
-        """The merged entries of a chunk (and of its padding). The result does not alias the chunk's arrays."""
-        merged, finite = merge_chunk(task.method, chunk.base, chunk.experts, chunk_info(task.info, chunk.start), stats)
-        self.check_finite(task, finite)
-        return merged
+    def merge(self, task: TensorTask, chunk: Chunk, stats: tuple[Any, ...]) -> Num[np.ndarray, "..."]:
+        """The merged entries of a chunk, shaped like its arrays (padding included).
 
-    def check_finite(self, task: TensorTask, finite: Any) -> None:
-        """Raises the error for the first input that is not finite."""
+        The computation is over when this returns. The result may be one of the chunk's arrays: use it before those are
+        used again.
+
+        Raises:
+            NonFiniteError: an input holds NaN or infinity.
+        """
+        info = chunk_info(task.info, chunk.start)
+        merged, finite = merge_chunk(task.method, chunk.base, chunk.experts, info, stats)
+        self._check_finite(task, finite)
+        return np.asarray(merged)  # waits
+
+    def memory(self, task: TensorTask, length: int) -> int:
+        """Bytes needed to measure and merge a chunk beside its arrays, at most; nothing is read.
+
+        Args:
+            task: one of `tasks`.
+            length: entries of the chunk, ignored for a method that needs tensors whole.
+        """
+        shape = task.info.shape if task.method.whole_tensor else (length,)
+        base = None if task.base is None else jax.ShapeDtypeStruct(shape, task.base.dtype)
+        experts = [jax.ShapeDtypeStruct(shape, expert.dtype) for expert in task.experts]
+        operands = (task.method, base, experts, chunk_info(task.info, 0))
+        key = (jax.tree.structure(operands), shape, experts[0].dtype)
+        if key not in self._memory:
+            self._memory[key] = self._program_memory(task.method, operands)
+        return self._memory[key]
+
+    def _program_memory(self, method: Method, operands: tuple[Any, ...]) -> int:
+        stats, needed, searches = (), 0, 0
+        for _ in method.passes:
+            needed = max(needed, measure_chunk.memory(*operands, stats))
+            measurement = measure_chunk.shape(*operands, stats)[0]
+            if isinstance(measurement, Total):
+                stats += (measurement.value,)
+            else:
+                stats += (jax.ShapeDtypeStruct(measurement.ranks.shape[:2], measurement.values[0].dtype),)
+                searches = max(searches, math.prod(measurement.ranks.shape[:2]) * SEARCH_BYTES)
+        return max(needed, merge_chunk.memory(*operands, stats)) + searches
+
+    def _check_finite(self, task: TensorTask, finite: Any) -> None:
+        """Raises the error for the first input that is not finite. Waits for the program that tells."""
         flags = np.asarray(finite)
         if not (self.allow_nonfinite or flags.all()):
             source = self.job.source_name(int(np.argmin(flags)))
@@ -167,50 +234,52 @@ class MergedTensor(LazyTensor):
         self.label = f"merge of {len(task.experts)} experts, tensor {task.info.name!r}"
 
     def read(self, box: Box) -> np.ndarray:
-        if self.task.method.whole_tensor:
-            return self._whole()[box].copy()
+        out = np.empty([piece.stop - piece.start for piece in box], self.dtype)
+        if out.size == 0:
+            return out
         stats = self.merge.stats(self.task)
-        if not all(piece.stop > piece.start for piece in box):
-            return np.empty([piece.stop - piece.start for piece in box], self.dtype)
-        pieces = []
+        if self.task.method.whole_tensor:
+            (chunk,) = read_chunks(self.task)
+            out[...] = self.merge.merge(self.task, chunk, stats)[box]
+            return out
         for here in _split_rows(box):
-            base, *experts = [None if x is None else x.read(here) for x in (self.task.base, *self.task.experts)]
+            base = None if self.task.base is None else self.task.base.read(here)
+            experts = [expert.read(here) for expert in self.task.experts]
             start = int(np.ravel_multi_index([piece.start for piece in here], self.shape)) if here else 0
-            pieces.append(self.merge.merge(self.task, Chunk(start, experts[0].size, base, experts), stats))
-        return np.concatenate(pieces) if box else np.array(pieces[0])
+            merged = self.merge.merge(self.task, Chunk(start, experts[0].size, base, experts), stats)
+            rows = (slice(here[0].start - box[0].start, here[0].stop - box[0].start),) if here else ()
+            out[rows] = merged
+        return out
 
     def read_flat(self, start: int, out: np.ndarray) -> None:
-        if self.task.method.whole_tensor:
-            out[...] = self._whole().reshape(-1)[start : start + out.size]
+        if out.size == 0:
             return
         stats = self.merge.stats(self.task)
+        if self.task.method.whole_tensor:
+            (chunk,) = read_chunks(self.task)
+            out[...] = self.merge.merge(self.task, chunk, stats).reshape(-1)[start : start + out.size]
+            return
         for chunk in read_chunks(self.task, start, start + out.size):
             at = chunk.start - start
-            out[at : at + chunk.size] = np.asarray(self.merge.merge(self.task, chunk, stats))[: chunk.size]
-
-    def _whole(self) -> np.ndarray:
-        """The merged tensor of a method that needs it whole."""
-        everything = tuple(slice(0, n) for n in self.shape)
-        base, *experts = [None if x is None else x.read(everything) for x in (self.task.base, *self.task.experts)]
-        passes = enumerate(self.task.method.passes)
-        stats = self.merge.stats(self.task)
-        known = {number: stats[number] for number, scope in passes if scope == "model"}
-        merged, finite, _ = merge_whole(self.task.method, base, experts, self.task.info.for_program(), known)
-        self.merge.check_finite(self.task, finite)
-        return np.asarray(merged)
+            out[at : at + chunk.size] = self.merge.merge(self.task, chunk, stats)[: chunk.size]
 
 
 def merge_lazily(job: Assignment, allow_nonfinite: bool) -> Params:
     """The merged parameters as lazy leaves; leaves that are not floating point are the reference's.
 
+    Tensors that are tied in all inputs (one object under several names) are tied in the result.
+
     Raises:
-        StructureError: a leaf that is not floating point differs between the models.
+        StructureError: when it is read, a leaf that is not floating point differs between the models.
     """
     merge = LazyMerge(job, allow_nonfinite)
     leaves: dict[str, Any] = {name: CopiedTensor(job, name) for name in job.copied}
+    tied: dict[tuple[int, ...], LazyTensor] = {}
     for name, tasks in merge.tasks.items():
+        given = job.tasks[name]
         merged = [MergedTensor(merge, task) for task in tasks]
-        leaves[name] = StackedTensor(merged) if job.tasks[name].stacked else merged[0]
+        leaf = StackedTensor(merged) if given.stacked else merged[0]
+        leaves[name] = tied.setdefault((id(given.base), *map(id, given.experts)), leaf)
     return with_leaves(job.reference, leaves)
 
 
@@ -219,7 +288,7 @@ class CopiedTensor(LazyTensor):
 
     def __init__(self, job: Assignment, name: str):
         reference, others = job.copied[name]
-        self.name, self.job, self.source, self.others = name, job, _lazy(reference), [_lazy(x) for x in others]
+        self.name, self.job, self.source, self.others = name, job, as_lazy(reference), [as_lazy(x) for x in others]
         self.shape, self.dtype, self.label = self.source.shape, self.source.dtype, self.source.label
 
     def read(self, box: Box) -> np.ndarray:
@@ -230,17 +299,41 @@ class CopiedTensor(LazyTensor):
         return value
 
 
-def read_chunks(task: TensorTask, start: int = 0, stop: int | None = None, size: int = CHUNK) -> Iterator[Chunk]:
-    """A tensor's inputs in chunks of `size` entries, read one after the other into fresh arrays."""
+def read_chunks(task: TensorTask, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
+    """A tensor's inputs (or a run of them) in chunks of `CHUNK` entries, read one after the other into fresh arrays."""
     stop = task.info.size if stop is None else stop
-    for at in range(start, stop, size):
-        count = min(size, stop - at)
-        yield _read_run(task, at, count, padded_size(count, size))
+    step = task.info.size if task.method.whole_tensor else CHUNK
+    for at in range(start, stop, max(step, 1)):
+        chunk = empty_chunk(task, at, min(step, stop - at))
+        for source, array in inputs(task, chunk):
+            source.read_flat(at, array.reshape(-1)[: chunk.size])
+        yield chunk
+
+
+def empty_chunk(task: TensorTask, start: int, size: int, full: int = CHUNK) -> Chunk:
+    """A chunk of fresh arrays that are still to be filled; their padding (up to a `full` chunk) is zero."""
+    arrays: list[Any] = []
+    for source in (task.base, *task.experts):
+        if source is None:
+            arrays.append(None)
+        elif task.method.whole_tensor:
+            arrays.append(np.empty(task.info.shape, source.dtype))
+        else:
+            arrays.append(np.empty(padded_size(size, full), source.dtype))
+            arrays[-1][size:] = 0
+    return Chunk(start, size, arrays[0], arrays[1:])
+
+
+def inputs(task: TensorTask, chunk: Chunk) -> Iterator[tuple[LazyTensor, Num[np.ndarray, "..."]]]:
+    """Each input of a tensor, the base first if there is one, with its array in the chunk."""
+    if chunk.base is not None:
+        yield task.base, chunk.base
+    yield from zip(task.experts, chunk.experts, strict=True)
 
 
 def padded_size(count: int, full: int) -> int:
-    """How long the arrays of a chunk of `count` entries are: few lengths, so that few programs are compiled."""
-    return full if count == full else min(full, max(1 << 12, 1 << (count - 1).bit_length()))
+    """How long the arrays of a chunk of `count` entries are: one of two lengths, so that few programs are compiled."""
+    return _SMALL if count <= _SMALL < full else full
 
 
 def chunk_info(info: TensorInfo, start: int) -> TensorInfo:
@@ -249,6 +342,7 @@ def chunk_info(info: TensorInfo, start: int) -> TensorInfo:
 
 
 def nonfinite_message(source: str, tensor: str) -> str:
+    """What is said of an input that is not finite."""
     return (
         f"{source}, tensor {tensor!r}: found NaN or infinity, expected finite numbers; "
         "repair or leave out that model, or pass allow_nonfinite=True"
@@ -256,10 +350,85 @@ def nonfinite_message(source: str, tensor: str) -> str:
 
 
 def disagreement_message(expert: str, tensor: str, dtype: Any) -> str:
+    """What is said of a tensor that is to be copied and is not the same everywhere."""
     return (
         f"expert {expert!r}, tensor {tensor!r}: found other values than in the reference, expected equal ones, since "
         f"tensors of dtype {dtype} are copied, not merged; drop the tensor or make them agree"
     )
+
+
+class _Search:
+    """The searches for an order statistic of K experts with R ranks each; several threads may feed them."""
+
+    def __init__(self, population: int):
+        self.population = population
+        self._lock = threading.Lock()
+        self._rows: list[tuple[threading.Lock, list[OrderStatisticSearch]]] = []
+
+    @property
+    def done(self) -> bool:
+        searches = [search for _, row in self._rows for search in row]
+        return bool(searches) and all(search.done for search in searches)
+
+    @property
+    def result(self) -> Float[np.ndarray, "K R"]:
+        return np.array([[search.result for search in row] for _, row in self._rows])
+
+    def update(self, measurement: OrderStatistic, size: int) -> None:
+        """Takes in the first `size` entries of a chunk's values."""
+        self._prepare(measurement)
+        for (lock, row), values in zip(self._rows, measurement.values, strict=True):
+            entries = np.asarray(values).reshape(-1)[:size]
+            with lock:
+                for search in row:
+                    if not search.done:
+                        search.update(entries)
+
+    def sample(self, measurements: Sequence[tuple[Measurement, int]], run: int) -> None:
+        """Guesses from chunks that hold so many runs each. Sums need no guess."""
+        statistics = [(measurement, n) for measurement, n in measurements if isinstance(measurement, OrderStatistic)]
+        if not statistics:
+            return
+        self._prepare(statistics[0][0])
+        for i, (_, row) in enumerate(self._rows):
+            pieces = [
+                piece
+                for statistic, count in statistics
+                for piece in np.asarray(statistic.values[i])[: count * run].reshape(count, run)
+            ]
+            for search in row:
+                search.sample(pieces)
+
+    def end_pass(self) -> None:
+        for _, row in self._rows:
+            for search in row:
+                if not search.done:
+                    search.end_pass()
+
+    def _prepare(self, measurement: OrderStatistic) -> None:
+        with self._lock:
+            if not self._rows:
+                dtype = measurement.values[0].dtype
+                for ranks in np.asarray(measurement.ranks).astype(np.int64):
+                    row = [OrderStatisticSearch(int(high << 32 | low), self.population, dtype) for high, low in ranks]
+                    self._rows.append((threading.Lock(), row))
+
+
+def _sample_places(tasks: Sequence[TensorTask], chunk: int) -> tuple[int, list[tuple[TensorTask, list[int]]]]:
+    """Where to sample tensors as one population: the length of a run, and the starts of the runs in each tensor."""
+    population = sum(task.info.size for task in tasks)
+    count = _PIECES * min(len(tasks), 16)
+    run = min(population // 64, _SAMPLE, chunk) // count
+    stride = population // count
+    # The golden ratio moves the runs about in their strides, lest they all meet the same columns of a matrix.
+    places = [int((i + i * 0.6180339887 % 1) * stride) for i in range(count)]
+    samples, end = [], 0
+    for task in tasks:
+        first, end = end, end + task.info.size
+        starts = [min(place, end - run) - first for place in places if first <= place < end]
+        if starts and task.info.size >= run:
+            samples.append((task, starts))
+    return run, samples
 
 
 def _split_rows(box: Box) -> list[Box]:
@@ -271,49 +440,10 @@ def _split_rows(box: Box) -> list[Box]:
     return [(slice(at, min(at + step, first.stop)), *box[1:]) for at in range(first.start, first.stop, step)]
 
 
-def _read_run(task: TensorTask, start: int, count: int, length: int) -> Chunk:
-    arrays: list[Any] = []
-    for source in (task.base, *task.experts):
-        if source is None:
-            arrays.append(None)
-            continue
-        array = np.empty(length, source.dtype)
-        source.read_flat(start, array[:count])
-        array[count:] = 0
-        arrays.append(array)
-    return Chunk(start, count, arrays[0], arrays[1:])
-
-
-def _sample(task: TensorTask) -> Iterator[Chunk]:
-    """A small part of a tensor, spread evenly; nothing of tensors that are small themselves."""
-    for start in range(0, task.info.size - _SAMPLE_STRIDE + 1, _SAMPLE_STRIDE):
-        yield _read_run(task, start + (start // 7) % (_SAMPLE_STRIDE - _SAMPLE_RUN), _SAMPLE_RUN, _SAMPLE_RUN)
-
-
-def _searches(measurement: Any, population: int) -> list[list[OrderStatisticSearch]]:
-    dtype = measurement.values[0].dtype
-    ranks = np.asarray(measurement.ranks).astype(np.int64)
-    return [
-        [OrderStatisticSearch((int(high) << 32) + int(low), population, dtype) for high, low in row] for row in ranks
-    ]
-
-
-def _each(
-    searches: list[list[OrderStatisticSearch]],
-    measurement: Any,
-    size: int,
-    feed: Callable[[OrderStatisticSearch, np.ndarray], None],
-) -> None:
-    for row, values in zip(searches, measurement.values, strict=True):
-        entries = np.asarray(values).reshape(-1)[:size]
-        for search in row:
-            if not search.done:
-                feed(search, entries)
-
-
 def _lazy_tasks(task: TensorTask) -> list[TensorTask]:
     """The task with lazy inputs and its numbers on the host; one task per layer for a stacked leaf."""
-    base, *experts = [None if x is None else _lazy(x) for x in (task.base, *task.experts)]
+    base = None if task.base is None else as_lazy(task.base)
+    experts = [as_lazy(expert) for expert in task.experts]
     method, info = jax.tree.map(_on_host, (task.method, task.info))
     if not task.stacked:
         return [dataclasses.replace(task, method=method, info=info, base=base, experts=experts)]
@@ -332,7 +462,8 @@ def _lazy_tasks(task: TensorTask) -> list[TensorTask]:
     return tasks
 
 
-def _lazy(leaf: Any) -> LazyTensor:
+def as_lazy(leaf: Any) -> LazyTensor:
+    """A leaf as a lazy tensor."""
     return leaf if isinstance(leaf, LazyTensor) else ArrayTensor(np.asarray(jax.device_get(leaf)))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, at_tensor, coefficient
@@ -22,7 +23,7 @@ class ScaleByDepth(Stage):
 
     alpha: Any
     beta: Any
-    num_layers: int | None = static(None)
+    num_layers: int | None = static(default=None)
     _depth: Any = None
 
     @property
@@ -37,18 +38,20 @@ class ScaleByDepth(Stage):
 
     def measure(self, vectors: TaskVectors, info: TensorInfo) -> Total:
         original = sum(vectors.original[1:], vectors.original[0])
-        return Total((jnp.sum(jnp.abs(original)), jnp.sum(jnp.abs(vectors.merged))))
+        return Total((jnp.sum(jnp.abs(original)), jnp.sum(jnp.abs(_combined(self, vectors)))))
 
     def apply(self, vectors: TaskVectors, info: TensorInfo, measured: Any) -> TaskVectors:
-        if vectors.merged is None:
-            raise RecipeError(
-                f"{self!r} scales the merged task vector; put it after the stage that combines the experts"
-            )
         alpha = self.alpha
         if measured is not None:
             summed, merged = measured
             alpha = summed / nonzero(len(vectors.deltas) * merged)
-        return vectors.replace(merged=(alpha + self.beta * self._depth) * vectors.merged)
+        return vectors.replace(merged=(alpha + self.beta * self._depth) * _combined(self, vectors))
+
+
+def _combined(stage: Stage, vectors: TaskVectors) -> Array:
+    if vectors.merged is None:
+        raise RecipeError(f"{stage!r} scales the merged task vector; put it after the stage that combines the experts")
+    return vectors.merged
 
 
 def scale_by_depth(alpha: Coefficient = None, beta: Coefficient = 1.0, *, num_layers: int | None = None) -> Stage:

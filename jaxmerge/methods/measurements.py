@@ -10,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt32
 
 from jaxmerge.methods.selection import kth_largest
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, UInt32
 
 Scope = Literal["tensor", "model"]
 """Whether a measurement is taken over each tensor or over all tensors that the method merges."""
@@ -38,11 +36,11 @@ class OrderStatistic:
 
     Attributes:
         values: K arrays of non-negative numbers of one dtype, any shape.
-        ranks: `[K, R, 2]`, each rank from 1 as two words (`selection.rank_words`).
+        ranks: `[K, R, 2]` uint32, each rank from 1 as two words (`selection.rank_words`).
     """
 
     values: tuple[Any, ...]
-    ranks: UInt32[Array, "K R 2"]
+    ranks: Any
 
 
 Measurement = Total | OrderStatistic
@@ -50,7 +48,11 @@ for _kind in (Total, OrderStatistic):
     jax.tree_util.register_dataclass(_kind)
 
 
-def kept_count(density: Any, size: int, *, inclusive: bool = False, count: Literal["kept", "dropped"] = "kept") -> Any:
+Count = Literal["kept", "dropped"]
+"""Whether a share becomes a whole number of entries by rounding down those kept or those dropped."""
+
+
+def kept_count(density: Any, size: int, *, inclusive: bool = False, count: Count = "kept") -> Any:
     """How many of `size` entries a density keeps: at least 1, at most all.
 
     Args:
@@ -62,7 +64,9 @@ def kept_count(density: Any, size: int, *, inclusive: bool = False, count: Liter
     """
     extra = 1 if inclusive else 0
     if isinstance(density, int | float | np.number):
-        kept = int(float(density) * size) if count == "kept" else size - int((1 - float(density)) * size)
+        # 1 - 0.8 is a little less than 0.2
+        dropped = int((1 - float(density)) * size + size * 2.0**-50)
+        kept = int(float(density) * size) if count == "kept" else size - dropped
         return min(max(kept + extra, 1), size)
     density = jax.lax.stop_gradient(density)
     nudge = size * 2.0**-22
@@ -91,9 +95,9 @@ class BitSearch:
         bit: that bit; 0 when all are decided.
     """
 
-    ranks: UInt32[Array, "K R 2"]
-    found: Array
-    bit: Array
+    ranks: Any
+    found: Any
+    bit: Any
 
     def count(self, values: Sequence[Array]) -> UInt32[Array, "K R 2"]:
         """How many entries reach the trial patterns, as two digits of base 2^16 whose sums cannot overflow."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxmerge.errors import NonFiniteError, RecipeError, StructureError
 from jaxmerge.methods.assignment import Assignment, ExpertTrees, TensorTask, assign
 from jaxmerge.methods.lazy import disagreement_message, merge_lazily, nonfinite_message
 from jaxmerge.methods.measurements import Total, begin_search, next_round, search_result, search_rounds
 from jaxmerge.methods.method import Method
-from jaxmerge.methods.programs import ModelStats, count_whole, measure_whole, merge_whole
+from jaxmerge.methods.programs import Batch, ModelStats, count_whole, measure_whole, merge_whole
 from jaxmerge.methods.report import MergeReport, TensorReport
 from jaxmerge.trees.info import Rules
 from jaxmerge.trees.lazy import LazyTensor
@@ -59,7 +61,7 @@ def merge(
     """
     job = assign(method, experts, base, key, rules)
     leaves = job.leaves()
-    traced = any(isinstance(x, jax.core.Tracer) for x in (*leaves, *jax.tree.leaves((method, key))))
+    traced = any(isinstance(x, Tracer) for x in (*leaves, *jax.tree.leaves((method, key))))
     if return_report and (traced or any(isinstance(x, LazyTensor) for x in leaves)):
         raise RecipeError(
             "return_report=True needs arrays in memory outside of jax transformations; merge_checkpoint reports too"
@@ -68,17 +70,22 @@ def merge(
         return merge_lazily(job, allow_nonfinite)
 
     _check_copied(job, traced)
-    model_stats = _measure_model(job, traced)
+    buckets = _buckets(job, traced)
+    model_stats = _measure_model(buckets, traced)
     merged: dict[str, Any] = {name: reference for name, (reference, _) in job.copied.items()}
     finite, notes = {}, {}
-    for name, task in job.tasks.items():
-        merged[name], finite[name], notes[name] = merge_whole(
-            *_operands(task),
-            model_stats[task.group],
-            stacked=task.stacked,
+    for bucket in buckets:
+        result, flags, noted = merge_whole(
+            *bucket.operands,
+            model_stats[bucket.group],
+            batch=bucket.batch,
             noted=return_report,
-            sharding=None if traced else _target_sharding(task),
+            sharding=bucket.sharding,
         )
+        if len(bucket.names) > 1:
+            merged.update(zip(bucket.names, jnp.unstack(result), strict=True))
+        else:
+            merged[bucket.names[0]], finite[bucket.names[0]], notes[bucket.names[0]] = result, flags, noted
     if not (traced or allow_nonfinite):
         _check_finite(job, jax.device_get(finite))
     result = with_leaves(job.reference, merged)
@@ -93,67 +100,117 @@ def _check_finite(job: Assignment, finite: dict[str, Any]) -> None:
                 raise NonFiniteError(nonfinite_message(job.source_name(index), name))
 
 
-def _operands(task: TensorTask) -> tuple[Any, ...]:
-    """What a program is given: coefficients on the device, put there explicitly, and reshard experts as the base is."""
-    method, info = jax.tree.map(_on_device, (task.method, task.info.for_program()))
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
+    """Tensors that one call of a program merges: one, or inside a trace all that could share a program.
+
+    Attributes:
+        names: of the tensors.
+        group: the group of tensors that share measurements over the model.
+        operands: method, base, experts and info for the program.
+        batch: how the operands' leading axis is to be understood.
+        sharding: what the result must be constrained to, or None.
+    """
+
+    names: list[str]
+    group: int
+    operands: tuple[Any, ...]
+    batch: Batch | None
+    sharding: Any
+
+
+def _buckets(job: Assignment, traced: bool) -> list[_Bucket]:
+    """The calls that make up the merge.
+
+    Outside of a trace each tensor is a call, and equal shapes share a compiled program. Inside one, a program would
+    hold a copy of the computation per tensor, so equal-shaped tensors are stacked and merged in a loop, unless the
+    method is plain arithmetic, which compiles fast and is best fused with what surrounds it.
+    """
+    alike: dict[Any, list[tuple[str, TensorTask]]] = {}
+    for name, task in job.tasks.items():
+        plain = not (task.method.passes or task.method.whole_tensor or task.method.draws)
+        structure = jax.tree.structure((task.method, task.info.for_program()))
+        single = not traced or task.stacked or plain
+        program = name if single else (structure, task.experts[0].shape, task.experts[0].dtype)
+        alike.setdefault((task.group, program), []).append((name, task))
+    buckets = []
+    for (group, _), members in alike.items():
+        names, tasks = [name for name, _ in members], [task for _, task in members]
+        operands = [_operands(task, traced) for task in tasks]
+        stacked: Batch | None = "vmap" if tasks[0].stacked else None
+        if len(members) > 1:
+            together = jax.tree.map(_stacked, *operands)
+            buckets.append(_Bucket(names, group, together, "map", None))
+        else:
+            buckets.append(_Bucket(names, group, operands[0], stacked, None if traced else _target_sharding(tasks[0])))
+    return buckets
+
+
+def _operands(task: TensorTask, traced: bool) -> tuple[Any, ...]:
+    """What a program is given: coefficients as arrays, and experts sharded as the base is."""
+    method, info = jax.tree.map(_as_array, (task.method, task.info.for_program()))
     if task.stacked:
-        info = jax.tree.map(lambda x: jnp.broadcast_to(x, (task.info.num_layers,)) if x.ndim == 0 else x, info)
+        info = jax.tree.map(lambda x: np.broadcast_to(x, (task.info.num_layers,)) if x.ndim == 0 else x, info)
+    if not traced:  # explicitly, so that a transfer guard sees no accident
+        method, info = jax.device_put((method, info))
     sharding = _target_sharding(task)
     experts = [x if sharding is None or x.sharding == sharding else jax.device_put(x, sharding) for x in task.experts]
     return method, task.base, experts, info
 
 
-def _on_device(value: Any) -> Any:
+def _as_array(value: Any) -> Any:
+    """A coefficient as an array: plain numbers are float32, or integers of their own kind."""
     if isinstance(value, jax.Array):
         return value
-    return jax.device_put(np.asarray(value, None if isinstance(value, int) or hasattr(value, "dtype") else np.float32))
+    return np.asarray(value, None if isinstance(value, int) or hasattr(value, "dtype") else np.float32)
+
+
+def _stacked(*values: Any) -> Any:
+    """Arrays along a new leading axis; what is known now is stacked now, into one constant of the program."""
+    return (jnp if any(isinstance(x, jax.Array) for x in values) else np).stack(values)
 
 
 def _target_sharding(task: TensorTask) -> Any:
     """The sharding that the result must keep, when there is more than one device to speak of."""
     target = task.experts[0] if task.base is None else task.base
-    if (
-        isinstance(target, jax.Array)
-        and not isinstance(target, jax.core.Tracer)
-        and len(target.sharding.device_set) > 1
-    ):
+    if isinstance(target, jax.Array) and not isinstance(target, Tracer) and len(target.sharding.device_set) > 1:
         return target.sharding
     return None
 
 
 def _check_copied(job: Assignment, traced: bool) -> None:
     for name, (reference, others) in job.copied.items():
-        if traced or jax.dtypes.issubdtype(reference.dtype, jax.dtypes.extended):
+        if traced or jnp.issubdtype(reference.dtype, jax.dtypes.extended):
             continue
         for expert, other in zip(job.experts, others, strict=True):
             if other is not reference and not np.array_equal(jax.device_get(reference), jax.device_get(other)):
                 raise StructureError(disagreement_message(expert, name, reference.dtype))
 
 
-def _measure_model(job: Assignment, traced: bool) -> dict[int, ModelStats]:
-    """Takes every measurement over the model, group by group and pass by pass; one program per shape and pass."""
-    stats: dict[int, ModelStats] = {task.group: {} for task in job.tasks.values()}
+def _measure_model(buckets: list[_Bucket], traced: bool) -> dict[int, ModelStats]:
+    """Takes every measurement over the model, group by group and pass by pass."""
+    stats: dict[int, ModelStats] = {bucket.group: {} for bucket in buckets}
     for group, known in stats.items():
-        tasks = [task for task in job.tasks.values() if task.group == group]
-        numbers = [number for number, scope in enumerate(tasks[0].method.passes) if scope == "model"]
-        operands = [_operands(task) for task in tasks] if numbers else []
-        for number in numbers:
-            parts = [measure_whole(*o, known, stacked=t.stacked) for t, o in zip(tasks, operands, strict=True)]
+        members = [bucket for bucket in buckets if bucket.group == group]
+        method, _, experts, _ = members[0].operands
+        dtype = accumulation_dtype(experts[0].dtype)
+        for number, scope in enumerate(method.passes):
+            if scope != "model":
+                continue
+            parts = [measure_whole(*bucket.operands, known, batch=bucket.batch) for bucket in members]
             if isinstance(parts[0], Total):
                 known[number] = jax.tree.map(lambda *x: sum(x[1:], x[0]), *[part.value for part in parts])
                 continue
 
-            def round_of(_: Any, search: Any, tasks: Any = tasks, operands: Any = operands, known: Any = known) -> Any:
-                each = zip(tasks, operands, strict=True)
-                return next_round(search, [count_whole(*o, known, search, stacked=t.stacked) for t, o in each])
+            def count(_: Any, search: Any, members: Any = members, known: Any = known) -> Any:
+                return next_round(search, [count_whole(*b.operands, known, search, batch=b.batch) for b in members])
 
-            dtype = accumulation_dtype(tasks[0].experts[0].dtype)
             search = begin_search(parts[0].ranks, dtype)
-            if traced:  # one round in the program, whatever the number of rounds
-                search = jax.lax.fori_loop(0, search_rounds(dtype), round_of, search)
+            if traced:  # the rounds share one copy of the computation
+                search = jax.lax.fori_loop(0, search_rounds(dtype), count, search)
             else:
-                for i in range(search_rounds(dtype)):
-                    search = round_of(i, search)
+                for round_number in range(search_rounds(dtype)):
+                    search = count(round_number, search)
             known[number] = search_result(search, dtype)
     return stats
 

@@ -12,17 +12,15 @@ import dataclasses
 import enum
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
+from jaxtyping import Array, Float
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import at_tensor, check_rules
 from jaxmerge.methods.measurements import Measurement, Scope
 from jaxmerge.trees.info import TensorInfo
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
 
 T = TypeVar("T")
 
@@ -57,7 +55,7 @@ class Value:
     def at(self: T, info: TensorInfo, experts: tuple[str, ...]) -> T:
         """The same operation with its coefficients made plain numbers for one tensor."""
         changed = {f.name: at_tensor(getattr(self, f.name), info) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
-        return dataclasses.replace(self, **changed)  # pyright: ignore[reportType]
+        return dataclasses.replace(self, **changed)  # pyright: ignore[reportArgumentType, reportType]
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]

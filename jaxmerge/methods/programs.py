@@ -8,24 +8,27 @@ are widened to the arithmetic dtype here and the result is cast once, here.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Num
 
 from jaxmerge.methods.measurements import BitSearch, Measurement, OrderStatistic, Scope, Total, measured_here
 from jaxmerge.methods.method import Method
 from jaxmerge.trees.info import TensorInfo
 from jaxmerge.trees.task_vectors import accumulation_dtype
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Num
+Batch = Literal["vmap", "map"]
+"""How equal-shaped tensors along axis 0 are merged: all at once (layers that a model holds stacked, whose stacking axis
+may be sharded), or one after the other (tensors stacked for the sake of one program, in the memory of one)."""
 
 ModelStats = dict[int, Any]
 """Results of the measurements over the model that are known so far, by number of the pass."""
 
 
-@functools.partial(jax.jit, static_argnames=("stacked", "noted", "sharding"))
+@functools.partial(jax.jit, static_argnames=("batch", "noted", "sharding"))
 def merge_whole(
     method: Method,
     base: Num[Array, "..."] | None,
@@ -33,19 +36,19 @@ def merge_whole(
     info: TensorInfo,
     model_stats: ModelStats,
     *,
-    stacked: bool = False,
+    batch: Batch | None = None,
     noted: bool = False,
     sharding: Any = None,
-) -> tuple[Array, Bool[Array, " K+1"], dict[str, Array]]:
+) -> tuple[Array, Bool[Array, " inputs"], dict[str, Array]]:
     """Measures and merges one whole tensor.
 
     Args:
-        method: resolved for this tensor; for a stacked leaf every coefficient has a leading layer axis.
+        method: resolved for this tensor; for a batch every coefficient has a leading axis.
         base: the base tensor, or None.
         experts: K tensors.
-        info: of the tensor (of one layer for a stacked leaf).
+        info: of the tensor; for a batch, of one of its tensors, with a leading axis on whatever is no shape.
         model_stats: results of measurements over the model.
-        stacked: axis 0 holds one tensor per layer.
+        batch: axis 0 holds equal-shaped tensors that are merged each by itself.
         noted: also return what a report shows.
         sharding: constraint on the result, or None.
 
@@ -56,29 +59,42 @@ def merge_whole(
     dtype = given[0].dtype
 
     def one(method: Method, base: Any, experts: list[Any], info: TensorInfo) -> tuple[Array, dict[str, Array]]:
-        method, base, experts = _widened(method, base, experts)
+        method, base, experts = widened(method, base, experts)
         stats = _all_stats(method, base, experts, info, model_stats)
         merged = method.merge_tensor(base, experts, info, stats)
         notes = _notes(method, base, experts, info, stats, merged) if noted else {}
         return merged.astype(dtype), notes
 
-    merged, notes = (jax.vmap(one) if stacked else one)(method, base, experts, info)
+    merged, notes = _for_each(one, batch)(method, base, experts, info)
     if sharding is not None:
         merged = jax.lax.with_sharding_constraint(merged, sharding)
     finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in given])
-    return merged, finite, {name: jnp.sum(note, axis=0) if stacked else note for name, note in notes.items()}
+    return merged, finite, _summed(notes, batch)
 
 
-@functools.partial(jax.jit, static_argnames=("stacked",))
+@functools.partial(jax.jit, static_argnames="batch")
 def measure_whole(
-    method: Method, base: Any, experts: list[Any], info: TensorInfo, model_stats: ModelStats, *, stacked: bool = False
+    method: Method,
+    base: Any,
+    experts: list[Any],
+    info: TensorInfo,
+    model_stats: ModelStats,
+    *,
+    batch: Batch | None = None,
 ) -> Measurement:
     """This tensor's part of the next measurement over the model; of an order statistic only the ranks."""
-    measurement = _model_measurement(method, base, experts, info, model_stats, stacked)
-    return measurement if isinstance(measurement, Total) else OrderStatistic((), measurement.ranks)
+
+    def one(*operands: Any) -> Measurement:
+        measurement = _model_measurement(model_stats, *operands)
+        return measurement if isinstance(measurement, Total) else OrderStatistic((), measurement.ranks)
+
+    measurement = _for_each(one, batch)(method, base, experts, info)
+    if isinstance(measurement, Total):
+        return Total(_summed(measurement.value, batch))
+    return measurement if batch is None else OrderStatistic((), measurement.ranks[0])
 
 
-@functools.partial(jax.jit, static_argnames=("stacked",))
+@functools.partial(jax.jit, static_argnames="batch")
 def count_whole(
     method: Method,
     base: Any,
@@ -87,55 +103,38 @@ def count_whole(
     model_stats: ModelStats,
     search: BitSearch,
     *,
-    stacked: bool = False,
+    batch: Batch | None = None,
 ) -> Any:
     """This tensor's counts for the next round of an order statistic over the model."""
-    measurement = _model_measurement(method, base, experts, info, model_stats, stacked)
-    assert isinstance(measurement, OrderStatistic)
-    return search.count(measurement.values)
+
+    def one(*operands: Any) -> Array:
+        measurement = _model_measurement(model_stats, *operands)
+        assert isinstance(measurement, OrderStatistic)
+        return search.count(measurement.values)
+
+    return _summed(_for_each(one, batch)(method, base, experts, info), batch)
 
 
-@jax.jit
-def merge_chunk(
-    method: Method, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]
-) -> tuple[Array, Bool[Array, " K+1"]]:
-    """Merges a chunk of a tensor whose measurements are all known.
-
-    Returns:
-        The merged chunk in the inputs' dtype, and whether base (first) and experts are finite.
-    """
-    given = [x for x in (base, *experts) if x is not None]
-    method, base, experts = _widened(method, base, experts)
-    merged = method.merge_tensor(base, experts, info, stats).astype(given[0].dtype)
-    return merged, jnp.stack([jnp.all(jnp.isfinite(x)) for x in given])
+def _for_each(function: Callable[..., Any], batch: Batch | None) -> Callable[..., Any]:
+    """`function`, or the same over the leading axis of every operand."""
+    if batch is None:
+        return function
+    return jax.vmap(function) if batch == "vmap" else lambda *operands: jax.lax.map(lambda o: function(*o), operands)
 
 
-@jax.jit
-def measure_chunk(
-    method: Method, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]
-) -> tuple[Measurement, Bool[Array, " K+1"]]:
-    """Measurement number `len(stats)` of a chunk, and whether base and experts are finite."""
-    given = [x for x in (base, *experts) if x is not None]
-    method, base, experts = _widened(method, base, experts)
-    return method.measure(base, experts, info, stats), jnp.stack([jnp.all(jnp.isfinite(x)) for x in given])
+def _summed(parts: Any, batch: Batch | None) -> Any:
+    """A pytree of parts that add up, summed over the tensors of a batch."""
+    return parts if batch is None else jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), parts)
 
 
 def _model_measurement(
-    method: Method, base: Any, experts: list[Any], info: TensorInfo, model_stats: ModelStats, stacked: bool
+    model_stats: ModelStats, method: Method, base: Any, experts: list[Any], info: TensorInfo
 ) -> Measurement:
+    """The first measurement over the model whose result is not among `model_stats`."""
     number = next(i for i, scope in enumerate(method.passes) if scope == "model" and i not in model_stats)
-
-    def one(method: Method, base: Any, experts: list[Any], info: TensorInfo) -> Measurement:
-        method, base, experts = _widened(method, base, experts)
-        stats = _all_stats(method, base, experts, info, model_stats, method.passes[:number])
-        return method.measure(base, experts, info, stats)
-
-    if not stacked:
-        return one(method, base, experts, info)
-    each = jax.vmap(one)(method, base, experts, info)
-    if isinstance(each, Total):
-        return Total(jax.tree.map(lambda x: jnp.sum(x, axis=0), each.value))
-    return OrderStatistic(each.values, each.ranks[0])
+    method, base, experts = widened(method, base, experts)
+    stats = _all_stats(method, base, experts, info, model_stats, method.passes[:number])
+    return method.measure(base, experts, info, stats)
 
 
 def _all_stats(
@@ -154,7 +153,8 @@ def _all_stats(
     return stats
 
 
-def _widened(method: Method, base: Any, experts: list[Any]) -> tuple[Method, Any, list[Any]]:
+def widened(method: Method, base: Any, experts: list[Any]) -> tuple[Method, Any, list[Any]]:
+    """Coefficients and inputs in the dtype that arithmetic is done in."""
     dtype = accumulation_dtype(experts[0].dtype)
 
     def widen(x: Any) -> Any:

@@ -31,15 +31,13 @@ two cores that other work shared, so the ratios count; "bfloat16" are difference
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Num, UInt
+from jaxtyping import Array, Bool, Float, Int, Num, UInt
 
 _COUNTABLE = 1 << 32  # one uint32 counter counts fewer entries than this
 

@@ -8,18 +8,16 @@ task vector to the base. `chain(trim(0.2), elect_sign(), disjoint_mean())` is TI
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.measurements import Measurement, Scope
 from jaxmerge.methods.method import Method, Value, pytree
 from jaxmerge.trees.info import TensorInfo
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +32,11 @@ class TaskVectors:
         merged: the merged task vector, or None before a stage has combined the experts.
     """
 
-    deltas: tuple[Float[Array, "..."], ...]
-    original: tuple[Float[Array, "..."], ...]
-    weights: Float[Array, " K"]
-    sign: Float[Array, "..."] | None = None
-    merged: Float[Array, "..."] | None = None
+    deltas: tuple[Any, ...]
+    original: tuple[Any, ...]
+    weights: Any
+    sign: Any = None
+    merged: Any = None
 
     def replace(self, **changes: Any) -> TaskVectors:
         """The state with some attributes changed."""
@@ -98,7 +96,7 @@ class Chain(Method):
         return base + self._run(base, experts, info, stats).merged
 
     def notes(self, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]) -> dict[str, Array]:
-        """`kept`: entries per expert that the stages left other than zero; `conflicts`: entries whose signs then differ."""
+        """`kept`: entries per expert that the stages did not zero; `conflicts`: entries whose signs then differ."""
         vectors = self._run(base, experts, info, stats)
         positive = sum((d > 0).astype(jnp.int32) for d in vectors.deltas)
         negative = sum((d < 0).astype(jnp.int32) for d in vectors.deltas)

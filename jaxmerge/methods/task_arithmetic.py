@@ -35,7 +35,7 @@ class Weigh(Stage):
 class Total(Stage):
     """See `total`."""
 
-    normalize: bool = static(False)
+    normalize: bool = static(default=False)
 
     combines = True
 
@@ -80,7 +80,11 @@ def total(*, normalize: bool = False) -> Stage:
 
 
 def scale(factor: Coefficient) -> Stage:
-    """Stage: multiplies the merged task vector (or, before the experts are combined, each one) by a coefficient."""
+    """Stage: multiplies the merged task vector (or, before the experts are combined, each one) by a coefficient.
+
+    Args:
+        factor: the number; at depth, by name, … as every coefficient.
+    """
     return Scale(coefficient(factor))
 
 

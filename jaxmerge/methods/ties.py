@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, check_range, coefficient, per_expert
-from jaxmerge.methods.measurements import OrderStatistic, Scope, Total, kept_count
+from jaxmerge.methods.measurements import Count, OrderStatistic, Scope, Total, kept_count
 from jaxmerge.methods.method import pytree, static
 from jaxmerge.methods.selection import rank_words
 from jaxmerge.methods.stages import Chain, Stage, TaskVectors, chain
@@ -26,9 +26,9 @@ class Trim(Stage):
     """See `trim`."""
 
     density: Any
-    scope: Scope = static("model")
-    inclusive: bool = static(False)
-    count: Literal["kept", "dropped"] = static("kept")
+    scope: Scope = static(default="model")
+    inclusive: bool = static(default=False)
+    count: Count = static(default="kept")
     _ranks: Any = None
 
     @property
@@ -70,9 +70,9 @@ class Rescale(Stage):
 class ElectSign(Stage):
     """See `elect_sign`."""
 
-    by: Election = static("total")
-    zero: ZeroSign = static("positive")
-    scope: Scope = static("model")
+    by: Election = static(default="total")
+    zero: ZeroSign = static(default="positive")
+    scope: Scope = static(default="model")
 
     @property
     def measures(self) -> Scope | None:
@@ -99,8 +99,8 @@ class ElectSign(Stage):
 class Disjoint(Stage):
     """See `disjoint_mean`, `disjoint_sum` and `disjoint_max`."""
 
-    reduction: Literal["mean", "sum", "max"] = static("mean")
-    divisor: Divisor = static("weights")
+    reduction: Literal["mean", "sum", "max"] = static(default="mean")
+    divisor: Divisor = static(default="weights")
 
     combines = True
 
@@ -137,7 +137,7 @@ def trim(
     *,
     scope: Scope = "model",
     inclusive: bool = False,
-    count: Literal["kept", "dropped"] = "kept",
+    count: Count = "kept",
 ) -> Stage:
     """Stage: keeps the largest entries of each task vector by magnitude and zeroes the rest.
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.errors import DTypeError, RecipeError, ShapeError, StructureError
-from jaxmerge.trees.paths import Params, named_leaves
+from jaxmerge.trees.paths import Params, named_leaves, with_leaves
 
 _SHOWN = 3
 
@@ -84,9 +85,9 @@ def check_same_tensors(
 def is_mergeable(leaf: Any) -> bool:
     """Whether a leaf holds floating-point numbers; integers, booleans and PRNG keys are copied from the base."""
     dtype = leaf.dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
         return False
-    return jax.dtypes.issubdtype(dtype, np.floating)
+    return jnp.issubdtype(dtype, np.floating)
 
 
 def cast(params: Params, dtype: Any) -> Params:
@@ -96,11 +97,10 @@ def cast(params: Params, dtype: Any) -> Params:
         params: any parameter tree.
         dtype: a floating-point dtype or its name, such as `"bfloat16"`.
     """
-    from jaxmerge.trees.paths import with_leaves
-
-    dtype = jax.numpy.dtype(dtype)
+    dtype = jnp.dtype(dtype)
     leaves = named_leaves(params)
-    return with_leaves(params, {n: x.astype(dtype) if is_mergeable(x) else x for n, x in leaves.items()})
+    cast_once = {id(x): x.astype(dtype) if is_mergeable(x) else x for x in leaves.values()}  # tied leaves stay tied
+    return with_leaves(params, {name: cast_once[id(x)] for name, x in leaves.items()})
 
 
 def _some(names: list[str]) -> str:

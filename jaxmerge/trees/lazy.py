@@ -17,14 +17,11 @@ import abc
 import math
 from collections.abc import Iterator, Sequence
 from types import EllipsisType
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxmerge.errors import DTypeError, ShapeError
-
-if TYPE_CHECKING:
-    from jaxtyping import Shaped
 
 Index = int | slice | EllipsisType
 Box = tuple[slice, ...]
@@ -55,6 +52,7 @@ class LazyTensor(abc.ABC):
 
     @property
     def ndim(self) -> int:
+        """Number of axes."""
         return len(self.shape)
 
     @property
@@ -70,7 +68,8 @@ class LazyTensor(abc.ABC):
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Shaped[np.ndarray, "..."]:
         """Reads the slice: integers, slices with step 1 and an ellipsis. Only the bytes needed are read."""
         box, squeezed = normalize_index(index, self.shape, self.label)
-        return self.read(box)[tuple(0 if axis in squeezed else slice(None) for axis in range(self.ndim))]
+        at = tuple(0 if axis in squeezed else slice(None) for axis in range(self.ndim))
+        return self.read(box)[(*at, ...)]
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
@@ -109,7 +108,7 @@ class ArrayTensor(LazyTensor):
         self.shape, self.dtype, self.label = self.array.shape, self.array.dtype, label
 
     def read(self, box: Box) -> np.ndarray:
-        return self.array[box].copy()
+        return np.array(self.array[box])
 
     def read_flat(self, start: int, out: np.ndarray) -> None:
         if self.array.flags.c_contiguous:

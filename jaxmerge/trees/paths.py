@@ -102,7 +102,7 @@ def match_rules(patterns: Iterable[str], names: Iterable[str]) -> dict[str, str 
     for pattern in patterns:
         try:
             compiled[pattern] = re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise RecipeError(f"the rule {pattern!r} is no regular expression: {error}") from None
     result: dict[str, str | None] = {}
     for name in names:

@@ -41,7 +41,7 @@ def task_vector(expert: Params, base: Params) -> Params:
             dtype = accumulation_dtype(leaf.dtype)
             deltas[name] = jnp.asarray(leaves[name]).astype(dtype) - jnp.asarray(leaf).astype(dtype)
         else:
-            deltas[name] = leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else jnp.zeros_like(leaf)
+            deltas[name] = leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else jnp.zeros_like(leaf)
     return with_leaves(base, deltas)
 
 

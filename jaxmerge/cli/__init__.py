@@ -1,0 +1,1 @@
+"""The `jaxmerge` command and the recipes that it runs."""

@@ -1,0 +1,196 @@
+"""The `jaxmerge` command: arguments in, one function of the library called, its result printed.
+
+`--help` must answer at once, so nothing but the standard library is imported before a command runs. Hence argparse, and
+not tyro, whose import alone takes longer than all of this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxmerge.errors import MergeError
+
+if TYPE_CHECKING:
+    from jaxmerge.cli.comparing import Difference
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; the exit code is 0, 1 after an error of the library, 2 for wrong usage.
+
+    Args:
+        arguments: what follows the command's name; by default what the process was started with.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MergeError as error:
+        if options.traceback:
+            raise
+        from jaxmerge.cli.output import print_error
+
+        print_error(str(error))
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxmerge", description="Merge checkpoints, and look at them.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    merge = _command(commands, _merge, "merge", "merge checkpoints as a recipe says")
+    merge.add_argument("recipe", metavar="RECIPE", help="YAML file, in our form or in mergekit's")
+    merge.add_argument("--out", metavar="DIR", required=True, help="folder to write; it appears when it is complete")
+    merge.add_argument("--memory-budget", metavar="SIZE", help="memory for the work, such as 1GiB")
+    merge.add_argument("--seed", metavar="N", type=int, help="seed for methods that draw (the recipe's, or 0)")
+    merge.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    merge.add_argument("--dry-run", action="store_true", help="check recipe and checkpoints, merge nothing")
+
+    inspect = _command(commands, _inspect, "inspect", "list the tensors of a checkpoint")
+    inspect.add_argument("checkpoint", metavar="CKPT", help="folder, file or URL")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    diff = _command(commands, _diff, "diff", "compare experts with their base: norms, cosines, sparsity per layer")
+    diff.add_argument("base", metavar="BASE", help="folder, file or URL")
+    diff.add_argument("experts", metavar="EXPERT", nargs="+", help="folders, files or URLs")
+    diff.add_argument("--plot", metavar="FILE.png", help="also draw the cosines per layer (extra 'plot')")
+    diff.add_argument("--json", action="store_true", help="print JSON")
+
+    methods = _command(commands, _methods, "methods", "list the methods, or explain one")
+    methods.add_argument("name", metavar="NAME", nargs="?", help="a method or stage")
+    return parser
+
+
+def _command(commands: Any, run: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from jaxmerge.cli.recipe import load_recipe
+    from jaxmerge.streaming.sizes import format_bytes
+
+    recipe = load_recipe(Path(options.recipe))
+    if options.seed is not None:
+        recipe = dataclasses.replace(recipe, seed=options.seed)
+    budget = {} if options.memory_budget is None else {"memory_budget": options.memory_budget}
+    if not options.dry_run:
+        print(recipe.run(options.out, overwrite=options.overwrite, **budget))
+        return
+    plan = recipe.plan(**budget)
+    print(f"method: {recipe.method!r}")
+    for name, path in [("base", recipe.base or "none"), *recipe.experts.items()]:
+        print(f"{name}: {path}")
+    print(f"to read: {format_bytes(plan.to_read)}")
+    print(f"to write: {format_bytes(plan.to_write)}")
+    print(f"memory: at most {format_bytes(plan.memory)}, beside the libraries")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from jaxmerge.cli.inspecting import describe
+    from jaxmerge.cli.output import print_table
+    from jaxmerge.streaming.sizes import format_bytes
+
+    found = describe(options.checkpoint)
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    rows = []
+    for tensor in found["tensors"]:
+        shape = f"{tensor['dtype']}[{', '.join(map(str, tensor['shape']))}]"
+        layer = "" if tensor["layer"] is None else str(tensor["layer"])
+        size = format_bytes(tensor["bytes"]) if tensor["tied_to"] is None else f"tied to {tensor['tied_to']}"
+        rows.append((tensor["name"], shape, tensor["kind"], layer, size))
+    total = f"{len(rows)} tensors, {found['parameters']:,} parameters, {format_bytes(found['bytes'])}"
+    print_table(f"{found['path']} ({found['format']}): {total}", ("tensor", "type", "kind", "layer", "size"), rows)
+    for key, text in found["metadata"].items():
+        print(f"{key}: {text}")
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from jaxmerge.cli.comparing import compare
+    from jaxmerge.cli.output import print_table
+    from jaxmerge.cli.recipe import name_models
+
+    experts = name_models(options.experts)
+    if options.plot:  # before the long work
+        _check_plot(len(experts))
+    layers = compare(options.base, experts)
+    if not layers:
+        raise MergeError(f"{options.base}: there is no floating-point tensor to compare")
+    whole = dataclasses.replace(sum(layers[1:], layers[0]), name="whole model")
+    if options.plot:
+        _plot(layers, list(experts), options.plot)
+    if options.json:
+        print(json.dumps({"experts": experts, "layers": list(map(_plain, layers)), "whole": _plain(whole)}, indent=1))
+        return
+    head = ("layer", "entries", "norm of base", *(f"{name}: norm, zeros" for name in experts), "cosines")
+    print_table(f"task vectors relative to {options.base}", head, map(_difference_row, [*layers, whole]))
+    rows = [(name, *(f"{cosine:.3f}" for cosine in row)) for name, row in zip(experts, whole.cosines, strict=True)]
+    print_table("cosines over the whole model", ("", *experts), rows)
+
+
+def _check_plot(experts: int) -> None:
+    from importlib.util import find_spec
+
+    if experts < 2:
+        raise MergeError("--plot draws cosines between experts: found 1 expert, expected two or more")
+    if find_spec("matplotlib") is None:
+        raise MergeError("--plot needs matplotlib; install jaxmerge[plot]")
+
+
+def _plot(layers: Sequence[Difference], experts: Sequence[str], path: str) -> None:
+    from jaxmerge.plots import plot_cosines
+
+    try:
+        plot_cosines({layer.name: layer.cosines for layer in layers}, experts).savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
+        raise MergeError(f"{path}: the picture cannot be written: {error}") from None
+
+
+def _difference_row(part: Difference) -> list[str]:
+    each = [f"{norm:.4g}, {share:.1%}" for norm, share in zip(part.norms, part.sparsity, strict=True)]
+    pairs = [cosine for i, row in enumerate(part.cosines) for cosine in row[:i] if cosine == cosine]
+    spread = " to ".join(dict.fromkeys(f"{cosine:.3f}" for cosine in (min(pairs), max(pairs)))) if pairs else ""
+    return [part.name, f"{part.size:,}", f"{part.base_norm:.4g}", *each, spread]
+
+
+def _plain(part: Difference) -> dict[str, Any]:
+    """A difference for JSON, which has no NaN."""
+    return {
+        "name": part.name,
+        "entries": part.size,
+        "base_norm": part.base_norm,
+        "norms": part.norms.tolist(),
+        "sparsity": part.sparsity.tolist(),
+        "cosines": [[None if cosine != cosine else cosine for cosine in row] for row in part.cosines.tolist()],
+    }
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from jaxmerge.cli.nodes import suggestion
+    from jaxmerge.cli.output import print_table
+    from jaxmerge.errors import RecipeError
+    from jaxmerge.methods.registry import MethodTable, list_methods
+
+    table = list_methods()
+    if options.name is None:
+        print_table("methods and stages", MethodTable.HEAD, table.rows())
+    elif options.name in table:
+        entry = table[options.name]
+        print(f"{entry.name}({entry.signature})\n\n{entry.doc}")
+    else:
+        raise RecipeError(f"unknown method {options.name!r}{suggestion(options.name, list(table))}")

@@ -1,0 +1,266 @@
+"""The engine: workers that read, compute and write the parts of a plan.
+
+Each worker does one part after another: while one waits for bytes, another computes or writes. Nothing is handed from
+thread to thread, so a worker owns its memory, and the rule that makes reusing it safe holds in one place: JAX computes
+straight from the memory that was read into (on the CPU it makes no copy, and its result may even be that memory), so a
+chunk is computed, waited for and written before the next one is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Num, Shaped
+
+from jaxmerge.checkpoints.writer import CheckpointWriter
+from jaxmerge.methods.assignment import TensorTask
+from jaxmerge.methods.lazy import Chunk, MergedTensor, Reader, empty_chunk, inputs, padded_size
+from jaxmerge.streaming.plan import Part, Plan, merges_within
+from jaxmerge.streaming.progress import Progress
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_LARGE_BLOCK = 31 << 20  # just below the size from which malloc learns nothing
+_ALIGNMENT = 4096  # a page; JAX takes memory without a copy from 64 on
+
+
+class Worker:
+    """What one thread works with: memory that it reuses, and the time that it spends.
+
+    Attributes:
+        chunk: entries read at a time.
+        seconds: time by activity.
+    """
+
+    def __init__(self, chunk: int, stop: threading.Event):
+        self.chunk, self._stop = chunk, stop
+        self.seconds: dict[str, float] = {"read": 0.0, "compute": 0.0, "write": 0.0}
+        self._memory = np.empty(0, np.uint8)
+
+    @contextlib.contextmanager
+    def timed(self, activity: str) -> Iterator[None]:
+        """Adds the time that the block takes; before that, gives up if another worker has failed."""
+        if self._stop.is_set():
+            raise _StoppedError
+        start = time.perf_counter()
+        yield
+        self.seconds[activity] += time.perf_counter() - start
+
+    def arrays(self, count: int, length: int, dtype: np.dtype) -> list[Shaped[np.ndarray, " n"]]:
+        """Arrays in the worker's memory; those of the call before are overwritten."""
+        each = -(-length * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        if self._memory.size < count * each:
+            self.release()
+            memory = np.empty(count * each + _ALIGNMENT, np.uint8)
+            offset = -memory.ctypes.data % _ALIGNMENT
+            self._memory = memory[offset : offset + count * each]
+        return [self._memory[i * each :][: length * dtype.itemsize].view(dtype) for i in range(count)]
+
+    def release(self) -> None:
+        """Frees the memory."""
+        self._memory = np.empty(0, np.uint8)
+
+
+class Workers:
+    """A pool of threads that share out work; the first error ends it and is raised.
+
+    Attributes:
+        workers: one for each thread.
+    """
+
+    def __init__(self, plan: Plan):
+        # Each chunk's results are fresh memory. Once glibc's malloc has seen a large block come and go, it keeps what
+        # is freed for the next chunk, instead of having the system take it away and zero it again.
+        np.empty(_LARGE_BLOCK, np.uint8)
+        self._stop = threading.Event()
+        self.workers = [Worker(plan.chunk, self._stop) for _ in range(plan.workers)]
+
+    def run(
+        self, function: Callable[[Worker, Item], Result], items: Sequence[Item], alone: bool = False
+    ) -> list[Result]:
+        """Calls a function for every item, in turn by the workers (or by the first of them); results are in order."""
+        results: list[Any] = [None] * len(items)
+        errors: list[BaseException] = []
+        remaining = iter(range(len(items)))
+        lock = threading.Lock()
+        wide: Any = jax.config.read("jax_enable_x64")  # may be set for the calling thread only
+
+        def work(worker: Worker) -> None:
+            try:
+                with jax.enable_x64(wide):
+                    while not self._stop.is_set():
+                        with lock:
+                            i = next(remaining, None)
+                        if i is None:
+                            return
+                        results[i] = function(worker, items[i])
+            except _StoppedError:
+                pass
+            except BaseException as error:
+                errors.append(error)
+                self._stop.set()
+
+        workers = self.workers[:1] if alone else self.workers
+        with ThreadPoolExecutor(len(workers), "jaxmerge") as threads:
+            try:
+                wait([threads.submit(work, worker) for worker in workers])
+            except BaseException:  # Ctrl-C
+                self._stop.set()
+                raise
+        if errors:
+            raise errors[0]
+        return results
+
+    def release(self) -> None:
+        """Frees the workers' memory."""
+        for worker in self.workers:
+            worker.release()
+
+
+class _StoppedError(Exception):
+    """Another worker has failed."""
+
+
+class _Inputs(Reader):
+    """The inputs of one tensor in a worker's memory: kept whole from the start, or read chunk by chunk each time."""
+
+    def __init__(self, worker: Worker, task: TensorTask, keep: bool):
+        self.chunk, self._worker, self._task = worker.chunk, worker, task
+        self._sources = [source for source in (task.base, *task.experts) if source is not None]
+        self._kept: list[np.ndarray] | None = None
+        if keep:
+            size, padding = task.info.size, 0 if task.method.whole_tensor else worker.chunk
+            self._kept = worker.arrays(len(self._sources), size + padding, self._sources[0].dtype)
+            self._read(0, size, self._kept)
+
+    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
+        """The chunks of a run of the tensor; asking for the next one overwrites what is not kept."""
+        task, stop = self._task, self._task.info.size if stop is None else stop
+        if task.method.whole_tensor:
+            assert self._kept is not None
+            yield self._as_chunk(0, stop, [array.reshape(task.info.shape) for array in self._kept])
+            return
+        for at in range(start, stop, self.chunk):
+            n = min(self.chunk, stop - at)
+            length = padded_size(n, self.chunk)
+            if self._kept is not None:
+                arrays = [array[at : at + length] for array in self._kept]
+            else:
+                arrays = self._worker.arrays(len(self._sources), length, self._sources[0].dtype)
+                self._read(at, n, arrays)
+            yield self._as_chunk(at, n, arrays)
+
+    def visit(self, tasks: Sequence[TensorTask], function: Callable[[TensorTask, Chunk], Result]) -> list[Result]:
+        results = []
+        for chunk in self.chunks():
+            with self._worker.timed("compute"):
+                results.append(function(self._task, chunk))
+        return results
+
+    def sample(self, task: TensorTask, starts: Sequence[int], run: int) -> Chunk:
+        if self._kept is None:
+            with self._worker.timed("read"):
+                return super().sample(task, starts, run)
+        chunk = empty_chunk(task, 0, run * len(starts), self.chunk)
+        for (_, array), kept in zip(inputs(task, chunk), self._kept, strict=True):
+            for i, start in enumerate(starts):
+                array[i * run : (i + 1) * run] = kept[start : start + run]
+        return chunk
+
+    def _read(self, start: int, n: int, arrays: Sequence[Shaped[np.ndarray, " n"]]) -> None:
+        for source, array in zip(self._sources, arrays, strict=True):
+            with self._worker.timed("read"):
+                source.read_flat(start, array[:n])
+                array[n:] = 0
+
+    def _as_chunk(self, start: int, n: int, arrays: list[Num[np.ndarray, "..."]]) -> Chunk:
+        base = None if self._task.base is None else arrays[0]
+        return Chunk(start, n, base, arrays if base is None else arrays[1:])
+
+
+class _AllWorkers(Reader):
+    """Reads for a measurement over the model: every worker takes chunks of all tensors."""
+
+    def __init__(self, workers: Workers, chunk: int, progress: Progress):
+        self.chunk, self._workers, self._progress = chunk, workers, progress
+
+    def visit(self, tasks: Sequence[TensorTask], function: Callable[[TensorTask, Chunk], Result]) -> list[Result]:
+        whole = tasks[0].method.whole_tensor
+        items: list[tuple[TensorTask, int, int]] = []
+        for task in tasks:
+            step = task.info.size if whole else self.chunk
+            items += [(task, at, min(at + step, task.info.size)) for at in range(0, task.info.size, max(step, 1))]
+
+        def measure(worker: Worker, item: tuple[TensorTask, int, int]) -> Result:
+            task, start, stop = item
+            (chunk,) = _Inputs(worker, task, keep=whole).chunks(start, stop)
+            with worker.timed("compute"):
+                result = function(task, chunk)
+            self._progress.advance((stop - start) * task.experts[0].dtype.itemsize)
+            return result
+
+        self._progress.begin("measuring", sum(task.info.size * task.experts[0].dtype.itemsize for task in tasks))
+        return self._workers.run(measure, items, alone=whole)
+
+
+def stream(plan: Plan, writer: CheckpointWriter, progress: Progress) -> dict[str, float]:
+    """Does the work of a plan.
+
+    Args:
+        plan: what to do.
+        writer: where the tensors go; it is neither finished nor aborted here.
+        progress: told what is done.
+
+    Returns:
+        Seconds by activity, summed over the workers.
+    """
+    workers = Workers(plan)
+    parts = (*plan.shared, *plan.alone)
+    for merged in dict.fromkeys(merged for part in parts for merged in merges_within(part.leaf)):
+        if "model" in merged.task.method.passes:
+            merged.merge.stats(merged.task, _AllWorkers(workers, plan.chunk, progress))
+
+    def process(worker: Worker, part: Part) -> None:
+        leaf = part.leaf
+        pieces = _merged(worker, leaf, part) if isinstance(leaf, MergedTensor) else _copied(worker, part)
+        for start, values in pieces:
+            with worker.timed("write"):
+                writer.write(part.name, part.at + start, values.astype(part.dtype, copy=False))
+            progress.advance(values.size * part.dtype.itemsize)
+
+    progress.begin("merging", plan.to_write)
+    workers.run(process, plan.shared)
+    workers.release()
+    workers.run(process, plan.alone, alone=True)
+    return {
+        activity: sum(worker.seconds[activity] for worker in workers.workers) for activity in workers.workers[0].seconds
+    }
+
+
+def _merged(worker: Worker, leaf: MergedTensor, part: Part) -> Iterator[tuple[int, Shaped[np.ndarray, " n"]]]:
+    """The merged entries of a part, piece by piece."""
+    merge, task = leaf.merge, leaf.task
+    given = _Inputs(worker, task, part.keep)
+    stats = merge.stats(task, given)
+    for chunk in given.chunks(part.start, part.stop):
+        with worker.timed("compute"):
+            merged = merge.merge(task, chunk, stats)
+        yield chunk.start, merged.reshape(-1)[: chunk.size]
+
+
+def _copied(worker: Worker, part: Part) -> Iterator[tuple[int, Shaped[np.ndarray, " n"]]]:
+    """The entries of a part that is only read."""
+    step = part.stop - part.start if part.keep else worker.chunk
+    for start in range(part.start, part.stop, step):
+        (values,) = worker.arrays(1, min(step, part.stop - start), part.leaf.dtype)
+        with worker.timed("read"):
+            part.leaf.read_flat(start, values)
+        yield start, values

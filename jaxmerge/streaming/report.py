@@ -1,0 +1,87 @@
+"""What streaming a checkpoint took: a table in a terminal, HTML in a notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxmerge.streaming.sizes import format_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamReport:
+    """A checkpoint that was written by streaming.
+
+    Attributes:
+        path: where it stands.
+        tensors: number of tensors in it, tied ones counted once.
+        merged: how many of those were merged; the others were copied.
+        bytes_read: bytes fetched, without headers, from each checkpoint that was given by path or opened, by the
+            expert's name (`"base"` for the base). What was given as a tree is not counted.
+        bytes_written: bytes of tensors written.
+        seconds: wall time by phase: `open` (and check), `plan` (and compile), `stream` (read, compute, write),
+            `publish` (make durable and rename).
+        worker_seconds: time of all workers together in the phase `stream`, by activity: `read`, `compute`, `write`.
+        workers: number of workers.
+        memory_planned: bytes that the work was planned to need at most, beside the libraries; within `memory_budget`.
+        memory_peak: largest resident memory of this process since it started, libraries included, in bytes.
+    """
+
+    path: Path
+    tensors: int
+    merged: int
+    bytes_read: Mapping[str, int]
+    bytes_written: int
+    seconds: Mapping[str, float]
+    worker_seconds: Mapping[str, float]
+    workers: int
+    memory_planned: int
+    memory_peak: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table: what, how much."""
+        total = sum(self.seconds.values())
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.seconds.items())
+        activities = ", ".join(f"{activity} {seconds:.2f}" for activity, seconds in self.worker_seconds.items())
+        return [
+            ("tensors", f"{self.merged} merged, {self.tensors - self.merged} copied"),
+            *((f"read from {name}", format_bytes(n)) for name, n in self.bytes_read.items()),
+            ("written", format_bytes(self.bytes_written)),
+            ("seconds", f"{total:.2f} ({phases})"),
+            (f"seconds of {self.workers} workers", activities),
+            ("memory planned", format_bytes(self.memory_planned)),
+            ("peak memory of the process", format_bytes(self.memory_peak)),
+        ]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=str(self.path), title_justify="left", show_header=False)
+        for row in self.rows():
+            table.add_row(*row)
+        console = Console(width=max(100, len(str(self.path)) + 4))
+        with console.capture() as captured:
+            console.print(table)
+        return captured.get().rstrip("\n")
+
+    def __repr__(self) -> str:
+        return (
+            f"StreamReport({str(self.path)!r}: {self.tensors} tensors, "
+            f"{format_bytes(sum(self.bytes_read.values()))} read, {format_bytes(self.bytes_written)} written, "
+            f"{sum(self.seconds.values()):.2f} s)"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in self.rows())
+        return f"<table><caption>{html.escape(str(self.path))}</caption><tbody>{rows}</tbody></table>"
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process since it started, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,29 @@
+"""How every test runs: eight simulated devices, strict promotion, reproducible examples.
+
+This file is loaded before any test, so nothing has touched a JAX backend or loaded SciPy's OpenBLAS (which JAX's
+factorisations use on the CPU) yet; afterwards these settings would come too late.
+"""
+
+import os
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two threads on two busy cores make one SVD ten times slower
+os.environ["JAX_PLATFORMS"] = "cpu"  # also for the processes that tests start
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Examples take as long as a compilation takes, so there is no deadline per example.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

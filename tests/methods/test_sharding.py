@@ -1,0 +1,94 @@
+"""Merging sharded parameters: the unsharded result, in the base's sharding, on meshes with automatic and explicit axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxmerge as jm
+from tests.methods.everything import EVERYTHING, KEY
+from tests.methods.models import NAMES, assert_close, make_models, on_device
+
+MESHES = {
+    "auto": jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto)),
+    "explicit": jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit)),
+}
+
+meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+all_methods = pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
+
+
+def spec(name):
+    return {"kernel": P("data", "model"), "embedding": P(None, "model"), "bias": P("data"), "scale": P()}[name.split("/")[-1]]
+
+
+def inputs(entry, mesh):
+    base, experts = make_models()
+    models = on_device(base), {name: on_device(experts[name]) for name in NAMES[: entry.experts]}
+
+    def put(model):
+        return {name: jax.device_put(value, NamedSharding(mesh, spec(name))) for name, value in model.items()}
+
+    return models, (put(models[0]), {name: put(expert) for name, expert in models[1].items()})
+
+
+@meshes
+@all_methods
+def test_sharded_merge_is_the_unsharded_one(entry, mesh):
+    (base, experts), (sharded_base, sharded_experts) = inputs(entry, mesh)
+    wanted = jm.merge(entry.method, experts, base=base, key=KEY)
+    merge = jax.jit(lambda base, experts: jm.merge(entry.method, experts, base=base, key=KEY))
+    for run in (lambda b, e: jm.merge(entry.method, e, base=b, key=KEY), merge):
+        merged = run(sharded_base, sharded_experts)
+        assert_close(jax.device_get(merged), wanted, ulps=2)
+    eager = jm.merge(entry.method, sharded_experts, base=sharded_base, key=KEY)
+    for name, value in eager.items():
+        assert value.sharding.is_equivalent_to(sharded_base[name].sharding, value.ndim), name
+
+
+@pytest.mark.parametrize("entry", [e for e in EVERYTHING.values() if not e.sorts], ids=[n for n, e in EVERYTHING.items() if not e.sorts])
+def test_no_tensor_is_gathered(entry):
+    """Only numbers travel: counts, sums, norms. Methods that rank entries within a fibre may gather it."""
+    _, (base, experts) = inputs(entry, MESHES["auto"])
+    shardings = jax.tree.map(lambda x: x.sharding, (base, experts))
+    merge = jax.jit(
+        lambda base, experts: jm.merge(entry.method, experts, base=base, key=KEY),
+        in_shardings=shardings,
+        out_shardings=shardings[0],
+    )
+    assert "all-gather" not in merge.lower(base, experts).compile().as_text()
+
+
+@meshes
+def test_experts_take_the_sharding_of_the_base(mesh):
+    (base, experts), (sharded, _) = inputs(EVERYTHING["ties"], mesh)
+    rows = NamedSharding(mesh, P("data"))
+    elsewhere = {name: jax.device_put(expert, rows) for name, expert in experts.items()}
+    merged = jm.merge(jm.ties(0.3), elsewhere, base=sharded)
+    assert_close(jax.device_get(merged), jm.merge(jm.ties(0.3), experts, base=base), ulps=2)
+    assert all(merged[name].sharding.is_equivalent_to(sharded[name].sharding, merged[name].ndim) for name in merged)
+
+
+def test_without_a_base_the_first_expert_gives_the_sharding():
+    (_, experts), (_, sharded) = inputs(EVERYTHING["linear"], MESHES["auto"])
+    merged = jm.merge(jm.linear(), sharded)
+    assert_close(jax.device_get(merged), jm.merge(jm.linear(), experts), ulps=2)
+    first = sharded[NAMES[0]]
+    assert all(merged[name].sharding.is_equivalent_to(first[name].sharding, merged[name].ndim) for name in merged)
+
+
+@meshes
+def test_stacked_layers_may_be_sharded_over_layers(mesh):
+    rng = np.random.default_rng(0)
+    base = {"layers/kernel": jnp.asarray(rng.standard_normal((8, 4, 6), np.float32))}
+    experts = [{"layers/kernel": base["layers/kernel"] * (1 + 0.1 * i)} for i in range(1, 4)]
+    sharding = NamedSharding(mesh, P("data", None, "model"))
+    put = lambda tree: jax.device_put(tree, sharding)  # noqa: E731
+    rules = jm.Rules(stacked=(".*",))
+    for method in (jm.task_arithmetic(jm.by_depth([0.1, 0.9])), jm.ties(0.3), jm.dare(0.5)):
+        merged = jm.merge(method, [put(x) for x in experts], base=put(base), key=KEY, rules=rules)
+        wanted = jm.merge(method, experts, base=base, key=KEY, rules=rules)
+        assert_close(jax.device_get(merged), wanted, ulps=2)
+        assert merged["layers/kernel"].sharding.is_equivalent_to(sharding, 3)
