@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class ArceeFusion(Method):
     """See `arcee_fusion`."""
 
-    axis: Fibres = static("input")
+    axis: Fibres = static(default="input")
 
     needs_base = True
     whole_tensor = True
@@ -37,7 +37,8 @@ class ArceeFusion(Method):
 
     def measure(self, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]) -> OrderStatistic:
         quartiles = [info.size - int(q * (info.size - 1)) for q in (0.25, 0.5, 0.75)]
-        return OrderStatistic((self._importance(base, experts[0], info),), jnp.asarray(rank_words(np.array(quartiles)))[None])
+        ranks = jnp.asarray(rank_words(np.array(quartiles)))
+        return OrderStatistic((self._importance(base, experts[0], info),), ranks[None])
 
     def merge_tensor(self, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]) -> Array:
         first, median, third = stats[0][0]
@@ -56,8 +57,8 @@ def arcee_fusion(*, axis: Fibres = "input") -> Method:
     r"""Arcee Fusion: swaps in the entries of an expert that stand out.
 
     With $P$ and $Q$ the softmax of the expert and of the base along each fibre, an entry's importance is
-    $|\theta_1 - \theta_0| \cdot \mathrm{KL}(P \,\|\, Q)$. Entries of a tensor whose importance reaches the median plus 1.5
-    times the distance between the quartiles are the expert's, the others the base's.
+    $|\theta_1 - \theta_0| \cdot \mathrm{KL}(P \,\|\, Q)$. Entries of a tensor whose importance reaches the median plus
+    1.5 times the distance between the quartiles are the expert's, the others the base's.
 
     Args:
         axis: along what a fibre runs: the `"input"` axes (one fibre per output unit), the `"output"` axes, an axis by

@@ -50,7 +50,7 @@ class SharedProgram:
         return jax.eval_shape(self._function, *arguments)
 
     def _program(self, leaves: list[Any], structure: Any) -> jax.stages.Compiled:
-        key = (structure, jax.config.read("jax_enable_x64"), *((leaf.shape, leaf.dtype) for leaf in leaves))
+        key = (structure, jnp.result_type(float), *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._by_arguments:
             with self._lock:
                 if key not in self._by_arguments:

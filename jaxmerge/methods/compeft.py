@@ -51,7 +51,7 @@ class Ternarize(Stage):
         deltas = []
         for delta, (first, second) in zip(vectors.deltas, measured, strict=True):
             variance = (second - first * first / self._size) / jnp.maximum(self._size - 1, 1)
-            deviation = jnp.sqrt(jnp.where(variance > 0, variance, 1)) * (variance > 0)
+            deviation = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
             deltas.append(self.scale * deviation * jnp.sign(delta))
         return vectors.replace(deltas=tuple(deltas))
 
@@ -60,7 +60,8 @@ def ternarize(scale: Coefficient = 1.0) -> Stage:
     r"""Stage: replaces every entry that is left by its sign times $\alpha \sigma$.
 
     Args:
-        scale: $\alpha$; $\sigma$ is the standard deviation of the expert's task vector over the model, before any stage.
+        scale: $\alpha$; $\sigma$ is the standard deviation of the expert's task vector over the model before any
+            stage.
 
     Source: arXiv 2311.13171, §2.
     """
@@ -70,8 +71,8 @@ def ternarize(scale: Coefficient = 1.0) -> Stage:
 def compeft(density: Coefficient = 0.2, *, scale: Coefficient = 1.0) -> Chain:
     r"""ComPEFT: the base plus the ternary form of the task vectors.
 
-    $\theta = \theta_0 + \alpha \sum_i \sigma(\tau_i)\, \mathrm{sgn}(\tau_i) \odot \mathbb 1[|\tau_i| \text{ among the largest } d]$,
-    cut and standard deviation over the whole model.
+    $\theta = \theta_0 + \alpha \sum_i \sigma(\tau_i)\, \mathrm{sgn}(\hat\tau_i)$, with $\hat\tau_i$ the task vectors
+    trimmed to their largest entries, and $\sigma$ the standard deviation, both over the whole model.
 
     Args:
         density: share of entries kept; 0.05 to 0.5 in the paper.

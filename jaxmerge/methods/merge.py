@@ -75,12 +75,9 @@ def merge(
     merged: dict[str, Any] = {name: reference for name, (reference, _) in job.copied.items()}
     finite, notes = {}, {}
     for bucket in buckets:
-        result, flags, noted = merge_whole(
-            *bucket.operands,
-            model_stats[bucket.group],
-            batch=bucket.batch,
-            noted=return_report,
-            sharding=bucket.sharding,
+        known, batch, sharding = model_stats[bucket.group], bucket.batch, bucket.sharding
+        result, flags, noted = bucket.in_turn(
+            merge_whole(*bucket.operands, known, batch=batch, noted=return_report, sharding=sharding)
         )
         if len(bucket.names) > 1:
             merged.update(zip(bucket.names, jnp.unstack(result), strict=True))
@@ -117,6 +114,12 @@ class _Bucket:
     operands: tuple[Any, ...]
     batch: Batch | None
     sharding: Any
+
+    def in_turn(self, result: Any) -> Any:
+        """`result`, computed where it must be: on CPU devices the collectives of two programs at once may deadlock."""
+        if self.sharding is not None and next(iter(self.sharding.device_set)).platform == "cpu":
+            jax.block_until_ready(result)
+        return result
 
 
 def _buckets(job: Assignment, traced: bool) -> list[_Bucket]:
@@ -197,13 +200,14 @@ def _measure_model(buckets: list[_Bucket], traced: bool) -> dict[int, ModelStats
         for number, scope in enumerate(method.passes):
             if scope != "model":
                 continue
-            parts = [measure_whole(*bucket.operands, known, batch=bucket.batch) for bucket in members]
+            parts = [b.in_turn(measure_whole(*b.operands, known, batch=b.batch)) for b in members]
             if isinstance(parts[0], Total):
                 known[number] = jax.tree.map(lambda *x: sum(x[1:], x[0]), *[part.value for part in parts])
                 continue
 
             def count(_: Any, search: Any, members: Any = members, known: Any = known) -> Any:
-                return next_round(search, [count_whole(*b.operands, known, search, batch=b.batch) for b in members])
+                counts = [b.in_turn(count_whole(*b.operands, known, search, batch=b.batch)) for b in members]
+                return next_round(search, counts)
 
             search = begin_search(parts[0].ranks, dtype)
             if traced:  # the rounds share one copy of the computation

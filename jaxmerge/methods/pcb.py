@@ -31,9 +31,9 @@ class Pcb(Method):
 
     density: Any
     weights: Any = 1.0
-    agreement: Agreement = static("raw")
-    tails: float = static(1e-4)
-    scope: Scope = static("model")
+    agreement: Agreement = static(default="raw")
+    tails: float = static(default=1e-4)
+    scope: Scope = static(default="model")
     _tail_ranks: Any = None
     _score_ranks: Any = None
 
@@ -101,7 +101,8 @@ def pcb(
 
     With $a_i$ the magnitudes of $\tau_i$ clamped at their tails and $a'_i$ those mapped to [0, 1]: the score
     $\beta_i = e^{K a_i'^2} \odot \tanh(\tau_i \odot \sum_j \tau_j)$, with all but its largest $d$ share set to the cut,
-    is mapped to $s_i$ in [0, 1], and $\theta = \theta_0 + \sum_i \lambda_i s_i\, \mathrm{sgn}(\tau_i)\, a_i / \sum_i s_i$.
+    is mapped to $s_i$ in [0, 1], and
+    $\theta = \theta_0 + \sum_i \lambda_i s_i\, \mathrm{sgn}(\tau_i)\, a_i / \sum_i s_i$.
 
     Args:
         density: $d$, in (0, 1]; 0.1 and 0.05 in the published code.

@@ -67,9 +67,15 @@ def merge_whole(
 
     merged, notes = _for_each(one, batch)(method, base, experts, info)
     if sharding is not None:
-        merged = jax.lax.with_sharding_constraint(merged, sharding)
+        merged = _resharded(merged, sharding)
     finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in given])
     return merged, finite, _summed(notes, batch)
+
+
+def _resharded(array: Array, sharding: Any) -> Array:
+    """The array with this sharding, which on a mesh with explicit axes is part of its type, not a constraint."""
+    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(array, sharding) if explicit else jax.lax.with_sharding_constraint(array, sharding)
 
 
 @functools.partial(jax.jit, static_argnames="batch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -34,7 +33,10 @@ class Widen(Method):
         else:
             by_length, by_direction = zip(*[_changes(base, x, info.output_axes) for x in experts], strict=True)
             weights = [(a + b) / 2 for a, b in zip(self._by_rank(by_length), self._by_rank(by_direction), strict=True)]
-        return sum((w * d for w, d in zip(weights, deltas, strict=True)), base)
+        merged = base
+        for weight, delta in zip(weights, deltas, strict=True):
+            merged = merged + weight * delta
+        return merged
 
     def _by_rank(self, changes: tuple[Any, ...]) -> list[Any]:
         size = changes[0].size
@@ -54,7 +56,7 @@ class Widen(Method):
 def _changes(base: Any, expert: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
     """How far length and direction of each column, which runs along `axes`, have changed."""
     aa, ab, bb = (jnp.sum(x * y, axes, keepdims=True) for x, y in ((base, base), (base, expert), (expert, expert)))
-    lengths = [jnp.sqrt(nonzero(square)) * (square > 0) for square in (aa, bb)]
+    lengths = [jnp.where(square > 0, jnp.sqrt(nonzero(square)), 0) for square in (aa, bb)]
     return jnp.abs(lengths[1] - lengths[0]), 1 - ab / nonzero(lengths[0] * lengths[1])
 
 

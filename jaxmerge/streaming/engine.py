@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num, Shaped
 
@@ -91,7 +92,7 @@ class Workers:
         errors: list[BaseException] = []
         remaining = iter(range(len(items)))
         lock = threading.Lock()
-        wide: Any = jax.config.read("jax_enable_x64")  # may be set for the calling thread only
+        wide = jnp.result_type(float) == jnp.float64  # x64 may be on for the calling thread only
 
         def work(worker: Worker) -> None:
             try:

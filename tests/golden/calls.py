@@ -170,7 +170,7 @@ class Masks:
         held = self.held(on_device(case.experts), base=on_device(case.base))
         masks = [jax.device_get(held.mask(expert)) for expert in held.names]
         if self.minimum is not None:
-            return {name: sum(mask[name].astype(int) for mask in masks) >= self.minimum for name in masks[0]}
+            return {name: np.sum([mask[name] for mask in masks], axis=0) >= self.minimum for name in masks[0]}
         unified = {f"unified/{name}": value for name, value in jax.device_get(held.unified).items()}
         named = {f"mask_e{i}/{name}": value for i, mask in enumerate(masks) for name, value in mask.items()}
         return {**unified, **named, "rescalers": np.asarray(held.rescalers)}
@@ -189,7 +189,30 @@ class Flattened:
         return {"unified": joined, "rescalers": found["rescalers"]}
 
 
-Call = Merge | Pruned | KeepProbability | Draws | OfTaskVector | Masks | Flattened
+@dataclasses.dataclass(frozen=True)
+class MergedTaskVector:
+    """The merged task vector of a bundle's first experts, by tensor or joined in an order as output `merged_tv`.
+
+    Attributes:
+        method: our method.
+        experts: how many of the bundle's experts take part; None for all.
+        without: a tensor that does not take part.
+        order: of the tensors that are joined.
+    """
+
+    method: jm.Method
+    experts: int | None = None
+    without: str | None = None
+    order: Sequence[str] | None = None
+
+    def outputs(self, case: Case) -> Tensors:
+        names = [name for name in case.base if name != self.without]
+        deltas = [{name: expert[name] - case.base[name] for name in names} for expert in case.experts[: self.experts]]
+        merged = jax.device_get(jm.merge(self.method, on_device(deltas), base=on_device(zeros_like(deltas[0]))))
+        return {"merged_tv": np.concatenate([merged[n].ravel() for n in self.order])} if self.order else merged
+
+
+Call = Merge | Pruned | KeepProbability | Draws | OfTaskVector | Masks | Flattened | MergedTaskVector
 
 
 def on_device(tree: Any) -> Any:
@@ -233,6 +256,10 @@ def expert_of_delta(text: str) -> int:
 
 def mergekit_sce(select_topk: float) -> Call:
     return Merge(jm.sce(select_topk, min_energy=1e-6))
+
+
+def mergekit_arcee_fusion(pair: Sequence[str]) -> Call:
+    return between(jm.arcee_fusion(axis=-1), pair)
 
 
 def mergekit_linear(weights: list[float], normalize: bool = True) -> Call:
@@ -429,6 +456,28 @@ def lines(alpha: float, beta: float, num_blocks: int) -> Call:
     return OfTaskVector(jm.lines(alpha=alpha, beta=beta, num_layers=num_blocks))
 
 
+def pcb(ratio: float, flatten_order: Sequence[str], clamp: float) -> Call:
+    return MergedTaskVector(jm.pcb(ratio, tails=clamp), order=flatten_order)
+
+
+def pcb_vision(ratio: float, flatten_order: Sequence[str], clamp: float, lambda_: float) -> Call:
+    method = jm.pcb(ratio, weights=lambda_, agreement="normalized", tails=clamp)
+    return MergedTaskVector(method, order=flatten_order)
+
+
+def merge_llm_widen(above_average_value_ratio: float, score_calibration_value: float) -> Call:
+    return Merge(jm.widen(above_average_value_ratio, calibration=score_calibration_value))
+
+
+def original_compeft(k_percent: float, replace_factor: float, input: str) -> Call:
+    found = re.fullmatch(r"e0 - base, whole model without tensor (\w+)", input)
+    assert found, f"unknown input {input!r}"
+    left = [jm.trim(k_percent / 100, inclusive=True)]
+    if replace_factor != PRUNE_ONLY:
+        left.append(jm.ternarize(1.0 if replace_factor == SIGNED_MEAN else replace_factor))
+    return MergedTaskVector(jm.chain(*left, jm.total()), 1, found[1])
+
+
 def original_breadcrumbs(top_k_keep: float, top_k_remove: float, remove_first: bool) -> Call:
     order = "outliers_first" if remove_first else "small_first"
     return Pruned((jm.keep_middle(top_k_keep, gamma=top_k_remove, axis=-1, order=order),))
@@ -439,6 +488,8 @@ def original_della(density: float, epsilon: float, window_size: float, delta: st
     stage = jm.magprune(density, epsilon=epsilon, axis=1)
     return KeepProbability(stage, expert_of_delta(delta), prefixed=True)
 
+
+PRUNE_ONLY, SIGNED_MEAN = -1, -2  # factors that the reference gives another meaning
 
 MERGEKIT, FUSION_BENCH, MERGE_LLM = "arcee-ai/mergekit", "tanganke/fusion_bench", "yule-BUAA/MergeLLM"
 
@@ -481,6 +532,11 @@ ROWS: dict[tuple[str, str, str], Callable[..., Call]] = {
     ("dare_della", MERGEKIT, r"sparsify\.della_magprune\(rescale_norm=\w+\)"): mergekit_magprune,
     ("dare_della", FUSION_BENCH, r"dare\.utils\.param_random_drop_\(rescale=True\)"): fusion_bench_dare,
     ("dare_della", "declare-lab/della", r"sparsify\.rank_magnitude with .* recorder"): original_della,
+    ("arcee_fusion", MERGEKIT, r"registry 'arcee_fusion'"): mergekit_arcee_fusion,
+    ("pcb", "duguodong7/pcb-merging", r"pcb-merging\.py: PCB_merge.*"): pcb,
+    ("pcb", "duguodong7/pcb-merging", r"vision_source_code/pcb\.py main block"): pcb_vision,
+    ("widen", MERGE_LLM, r"MergingMethod\.widen_merging"): merge_llm_widen,
+    ("lora", "prateeky2806/ComPEFT", r"t5_eval\.compress_and_update_t5_parms.*"): original_compeft,
     ("sce", MERGEKIT, r"registry 'sce'"): mergekit_sce,
     ("tall_emr", FUSION_BENCH, r"tall_mask\.utils\.generate_task_masks"): fusion_bench_tall_masks,
     ("tall_emr", FUSION_BENCH, r"tall_mask\.utils\.construct_consensus_mask .*"): fusion_bench_consensus_mask,
@@ -490,25 +546,23 @@ ROWS: dict[tuple[str, str, str], Callable[..., Call]] = {
     ("lines", "wang-kee/LiNeS", r"src/eval/eval\.py: LiNeS_scaling"): lines,
 }
 
-NOT_IMPLEMENTED = frozenset(
+NOT_IMPLEMENTED: frozenset[Any] = frozenset(
     {
         "adamerging",
         "alignment",
-        "arcee_fusion",
         "continual",
         "datadriven",
         "doge",
         "enchtable",
-        "lora",
+        ("lora", FUSION_BENCH),  # KnOTS
+        ("lora", "gstoica27/KnOTS"),
         "omp",
-        "pcb",
         "peft",
         "spectral",
-        "widen",
         "wudi",
     }
 )
-"""Families of methods that the library does not have yet."""
+"""Families of methods that the library does not have yet; of some families, those of one implementation."""
 
 
 def our_call(record: dict[str, Any]) -> Call:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jaxmerge as jm
-from tests.methods import reference, reference_spherical
+from tests.methods import reference, reference_spherical, reference_task_vectors
 from tests.methods.models import NAMES
 from tests.methods.reference import W, Model
 
@@ -22,6 +22,8 @@ class Entry:
         experts: how many experts it takes.
         reduces: whether sums over a tensor or a model enter its result.
         sorts: whether it ranks entries of a fibre, which needs the fibre on one device.
+        scales: whether scaling the task vectors scales the merged one.
+        differentiates: whether its derivatives see all that it does; cuts are constants to them.
     """
 
     method: jm.Method
@@ -29,6 +31,8 @@ class Entry:
     experts: int = 3
     reduces: bool = False
     sorts: bool = False
+    scales: bool = True
+    differentiates: bool = True
 
     @property
     def draws(self) -> bool:
@@ -106,6 +110,48 @@ EVERYTHING = {
     "breadcrumbs_ties": Entry(
         jm.breadcrumbs_ties(0.6, gamma=0.1, weights=WEIGHTS, scale=0.5),
         _bind(reference.breadcrumbs_ties, density=0.6, gamma=0.1, scale=0.5),
+    ),
+    "sce": Entry(jm.sce(0.4), _bind(reference_task_vectors.sce, density=0.4), reduces=True),
+    "pcb": Entry(
+        jm.pcb(0.3, weights=1.2),
+        _bind(reference_task_vectors.pcb, density=0.3, weight=1.2),
+        reduces=True,
+        scales=False,
+        differentiates=False,
+    ),
+    "pcb_normalized": Entry(
+        jm.pcb(0.3, agreement="normalized", tails=0.01),
+        _bind(reference_task_vectors.pcb, density=0.3, tails=0.01, normalized=True),
+        reduces=True,
+        scales=False,
+        differentiates=False,
+    ),
+    "widen": Entry(
+        jm.widen(1.1, calibration=0.9),
+        _bind(reference_task_vectors.widen, ratio=1.1, calibration=0.9),
+        reduces=True,
+        sorts=True,
+        scales=False,
+    ),
+    "consensus": Entry(
+        jm.consensus(0.5, minimum=2),
+        _bind(reference_task_vectors.consensus_merging, threshold=0.4, minimum=2, scale=0.5),
+    ),
+    "tall_mask": Entry(
+        jm.tall_mask("code", threshold=0.6), _bind(reference_task_vectors.tall_mask, threshold=0.6, expert="code")
+    ),
+    "emr": Entry(jm.emr(), reference_task_vectors.emr),
+    "emr_expert": Entry(jm.emr("code"), _bind(reference_task_vectors.emr, expert="code"), reduces=True),
+    "emr_expert_model": Entry(
+        jm.emr("code", average="model"),
+        _bind(reference_task_vectors.emr, expert="code", average="model"),
+        reduces=True,
+    ),
+    "compeft": Entry(
+        jm.compeft(0.3, scale=1.5), _bind(reference_task_vectors.compeft, density=0.3, scale=1.5), reduces=True
+    ),
+    "arcee_fusion": Entry(
+        jm.arcee_fusion(), reference_task_vectors.arcee_fusion, experts=1, reduces=True, scales=False
     ),
     "lines": Entry(jm.lines(alpha=0.2, beta=0.8), _bind(reference.lines, alpha=0.2, beta=0.8, layers=3)),
     "lines_measured": Entry(

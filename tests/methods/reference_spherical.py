@@ -19,7 +19,7 @@ def nuslerp(base, experts, axis=None):
     """`axis` is that of a matrix; vectors are one fibre."""
     t = W[1] / (W[0] + W[1])
     if axis is None or base.ndim == 1:
-        return base + slerp(*(x.ravel() - base.ravel() for x in experts), t).reshape(base.shape)
+        return base + slerp(experts[0].ravel() - base.ravel(), experts[1].ravel() - base.ravel(), t).reshape(base.shape)
     fibres = [np.moveaxis(x - base, axis, 0).reshape(base.shape[axis], -1).T for x in experts]
     merged = np.stack([slerp(a, b, t) for a, b in zip(*fibres, strict=True)])
     return base + np.moveaxis(merged.T.reshape(np.moveaxis(base, axis, 0).shape), 0, axis)

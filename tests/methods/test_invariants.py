@@ -17,7 +17,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=4)
 
 all_methods = pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
-with_base = {name: e for name, e in EVERYTHING.items() if e.method.needs_base}
+with_base = {name: e for name, e in EVERYTHING.items() if e.method.needs_base and e.scales}
 task_vector_methods = pytest.mark.parametrize("entry", with_base.values(), ids=with_base)
 many = {name: e for name, e in EVERYTHING.items() if e.experts > 1}
 

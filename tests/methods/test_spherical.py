@@ -32,7 +32,9 @@ def unit(x):
 @given(seed=SEEDS)
 def test_nuslerp_is_symmetric_and_ends_at_its_experts(seed):
     a, b = vectors(seed, 2)
-    np.testing.assert_allclose(merged(jm.nuslerp([0.3, 0.7]), [a, b]), merged(jm.nuslerp([0.7, 0.3]), [b, a]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        merged(jm.nuslerp([0.3, 0.7]), [a, b]), merged(jm.nuslerp([0.7, 0.3]), [b, a]), rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_allclose(merged(jm.nuslerp([2.0, 0.0]), [a, b]), a, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(merged(jm.nuslerp([0.0, 2.0]), [a, b]), b, rtol=1e-5, atol=1e-5)
 

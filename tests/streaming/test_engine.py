@@ -52,7 +52,7 @@ def models(shapes: dict[str, tuple[int, ...]], dtype: np.dtype, count: int = 3) 
 
 
 def lazy(params: dict) -> dict:
-    return {name: ArrayTensor(x) for name, x in params.items()}
+    return {name: ArrayTensor(np.asarray(x)) for name, x in params.items()}
 
 
 def lazily(method: jm.Method, base: dict | None, experts: dict[str, dict], **options: Any) -> dict:
