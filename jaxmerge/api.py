@@ -79,6 +79,7 @@ from jaxmerge.methods.ties import ties as ties
 from jaxmerge.methods.ties import trim as trim
 from jaxmerge.methods.widen import widen as widen
 from jaxmerge.streaming.merge_checkpoint import merge_checkpoint as merge_checkpoint
+from jaxmerge.streaming.merge_checkpoint import plan_merge as plan_merge
 from jaxmerge.streaming.merge_checkpoint import save_lazily as save_lazily
 from jaxmerge.streaming.report import StreamReport as StreamReport
 from jaxmerge.trees.checks import cast as cast

@@ -1,29 +1,21 @@
 """Recipes: merges written down in a file.
 
 A `Recipe` is a method with the places of base and experts, whichever form it was written in. Reading one opens no
-checkpoint; running one is what `merge_checkpoint` does, and a cast where the recipe names a dtype.
+checkpoint; running one is a call of `merge_checkpoint`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jaxmerge.checkpoints.base import Checkpoint, open_checkpoint
 from jaxmerge.errors import RecipeError
-from jaxmerge.methods.merge import merge
 from jaxmerge.methods.method import Method
-from jaxmerge.streaming.merge_checkpoint import DEFAULT_BUDGET, save_lazily
-from jaxmerge.streaming.plan import Plan, make_plan
+from jaxmerge.streaming.merge_checkpoint import DEFAULT_BUDGET, merge_checkpoint, plan_merge
+from jaxmerge.streaming.plan import Plan
 from jaxmerge.streaming.report import StreamReport
-from jaxmerge.streaming.sizes import parse_bytes
-from jaxmerge.trees.checks import cast, is_mergeable
 from jaxmerge.trees.info import Rules
-from jaxmerge.trees.paths import Params, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +63,18 @@ class Recipe:
         Raises:
             MergeError: as `merge_checkpoint` does; `out` is then as it was.
         """
-        with contextlib.ExitStack() as stack:
-            base, experts = self._open(stack)
-            reference = next(iter(experts.values())) if base is None else base
-            return save_lazily(
-                self._merged(base, experts),
-                out,
-                metadata=reference.metadata,
-                side_files=_side_files(reference, self.dtype),
-                memory_budget=memory_budget,
-                overwrite=overwrite,
-                progress=progress,
-                sources=experts if base is None else {"the base": base, **experts},
-            )
+        return merge_checkpoint(
+            self.method,
+            self.experts,
+            base=self.base,
+            out=out,
+            key=self.seed,
+            rules=self.rules,
+            dtype=self.dtype,
+            memory_budget=memory_budget,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
     def plan(self, *, memory_budget: int | str = DEFAULT_BUDGET) -> Plan:
         """Checks recipe and checkpoints as `run` does, and plans the work. No tensor is read and nothing is written.
@@ -97,26 +88,15 @@ class Recipe:
         Raises:
             MergeError: as `run` does.
         """
-        with contextlib.ExitStack() as stack:
-            merged = named_leaves(self._merged(*self._open(stack)))
-            once = {id(leaf): name for name, leaf in merged.items()}  # tied tensors are one leaf
-            budget = parse_bytes(memory_budget, "memory_budget")
-            return make_plan({name: merged[name] for name in once.values()}, budget)
-
-    def _open(self, stack: contextlib.ExitStack) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
-        base = None if self.base is None else stack.enter_context(open_checkpoint(self.base))
-        return base, {name: stack.enter_context(open_checkpoint(path)) for name, path in self.experts.items()}
-
-    def _merged(self, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> Params:
-        """The merged parameters, lazily."""
-        base_params = None if base is None else base.params
-        trees = {name: expert.params for name, expert in experts.items()}
-        floats = [x for x in map(named_leaves, (base_params, *trees.values())) for x in x.values() if is_mergeable(x)]
-        if self.dtype is not None and any(leaf.dtype.name != self.dtype for leaf in floats):
-            wide = "float64" if self.dtype == "float64" else "float32"
-            base_params, trees = cast(base_params, wide), {name: cast(tree, wide) for name, tree in trees.items()}
-        merged = merge(self.method, trees, base=base_params, key=self.seed, rules=self.rules)
-        return merged if self.dtype is None else cast(merged, self.dtype)
+        return plan_merge(
+            self.method,
+            self.experts,
+            base=self.base,
+            key=self.seed,
+            rules=self.rules,
+            dtype=self.dtype,
+            memory_budget=memory_budget,
+        )
 
 
 def name_models(paths: Sequence[str]) -> dict[str, str]:
@@ -131,19 +111,6 @@ def name_models(paths: Sequence[str]) -> dict[str, str]:
         raise RecipeError(f"the model {twice[0]!r} is there twice; remove one")
     last = [path.rstrip("/").rpartition("/")[2] or path for path in paths]
     return {name if last.count(name) == 1 else path: path for name, path in zip(last, paths, strict=True)}
-
-
-def _side_files(reference: Checkpoint, dtype: str | None) -> dict[str, Path | bytes]:
-    """The side files; a `config.json` that tells the dtype of the tensors tells the new one."""
-    files = dict(reference.side_files)
-    config = files.get("config.json")
-    if dtype is not None and config is not None:
-        with contextlib.suppress(ValueError, AttributeError):  # what cannot be understood is copied as it is
-            told: dict[str, Any] = json.loads(config if isinstance(config, bytes) else config.read_bytes())
-            changed = {key: dtype for key in ("dtype", "torch_dtype") if key in told}
-            if changed:
-                files["config.json"] = json.dumps({**told, **changed}, indent=2).encode()
-    return files
 
 
 def load_recipe(recipe: str | Path) -> Recipe:

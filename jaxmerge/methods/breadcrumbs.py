@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxmerge.methods.coefficients import Coefficient, check_range, coefficient,
 from jaxmerge.methods.measurements import Count, OrderStatistic, Scope, kept_count
 from jaxmerge.methods.method import pytree, static
 from jaxmerge.methods.selection import rank_words
+from jaxmerge.methods.sharding import on_whole
 from jaxmerge.methods.stages import Chain, Stage, TaskVectors, chain
 from jaxmerge.methods.task_arithmetic import Scale, total, weigh
 from jaxmerge.methods.ties import disjoint_mean, disjoint_sum, elect_sign
@@ -96,7 +98,8 @@ class KeepMiddleOfFibres(Stage):
                 continue
             # Outliers zeroed first rank last afterwards, so they fill the count of entries kept with zeros.
             for limit in (removed, kept) if self.order == "outliers_first" else (kept, removed):
-                rank = _rank_from_top(delta, self.axis if delta.ndim > 1 else -1)
+                axis = self.axis if delta.ndim > 1 else -1
+                rank = on_whole(functools.partial(_rank_from_top, axis=axis), delta)
                 delta = jnp.where(rank < limit if limit is kept else rank >= limit, delta, 0)
             deltas.append(delta)
         return vectors.replace(deltas=tuple(deltas))

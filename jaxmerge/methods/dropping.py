@@ -8,6 +8,8 @@ a 32-bit finaliser over the position, mixed with 64 bits of seed: good enough fo
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -17,6 +19,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, check_range, coefficient, is_plain_number, per_expert
 from jaxmerge.methods.method import pytree, static
+from jaxmerge.methods.sharding import on_whole
 from jaxmerge.methods.stages import Chain, Stage, TaskVectors, chain
 from jaxmerge.methods.task_arithmetic import Scale, total, weigh
 from jaxmerge.methods.ties import disjoint_mean, disjoint_sum, elect_sign, rescale, trim
@@ -72,8 +75,10 @@ class Magprune(Stage):
     def keep_probability(self, delta: Float[Array, "..."], expert: int, info: TensorInfo) -> Float[Array, "..."]:
         """The probability that each entry of one expert's task vector survives."""
         density, epsilon = self.density[expert], self.epsilon[expert]
-        ranks, count = _magnitude_ranks(delta, self.axis, info)
-        share = ranks / max(count - 1, 1) if count > 1 else 0.5
+        axes = _fibre_axes(delta.ndim, self.axis, info)
+        length = math.prod(delta.shape[a] for a in axes)
+        ranks = on_whole(functools.partial(_magnitude_ranks, axes=axes), delta)
+        share = ranks / (length - 1) if length > 1 else 0.5
         probability = density - epsilon + 2 * epsilon * share + jnp.zeros_like(delta)
         return jnp.where(jnp.asarray(density) >= 1, jnp.ones_like(delta), probability)
 
@@ -134,19 +139,20 @@ def _mix(x: Any) -> Any:
     return x ^ (x >> 16)
 
 
-def _magnitude_ranks(delta: Any, axis: Literal["input", "tensor"] | int, info: TensorInfo) -> tuple[Any, int]:
-    """Rank of each entry's magnitude (0 the smallest) within its fibre, and the fibre's length."""
-    if isinstance(axis, int):
-        axes = (axis % delta.ndim,) if delta.ndim > 1 else tuple(range(delta.ndim))
-    else:
-        axes = info.input_axes if axis == "input" and info.input_axes else tuple(range(delta.ndim))
-    front = [a for a in range(delta.ndim) if a not in axes]
-    order = (*front, *axes)
+def _fibre_axes(ndim: int, axis: Literal["input", "tensor"] | int, info: TensorInfo) -> tuple[int, ...]:
+    """The axes of a fibre: the group of entries that are ranked among each other."""
+    if isinstance(axis, int) and ndim > 1:
+        return (axis % ndim,)
+    return info.input_axes if axis == "input" and info.input_axes else tuple(range(ndim))
+
+
+def _magnitude_ranks(delta: Array, axes: tuple[int, ...]) -> Array:
+    """Rank of each entry's magnitude (0 the smallest) within its fibre."""
+    order = (*(a for a in range(delta.ndim) if a not in axes), *axes)
     moved = jnp.abs(delta).transpose(order)
-    fibres = moved.reshape(*moved.shape[: len(front)], -1)
+    fibres = moved.reshape(*moved.shape[: delta.ndim - len(axes)], math.prod(delta.shape[a] for a in axes))
     ranks = jnp.argsort(jnp.argsort(fibres, axis=-1, stable=True), axis=-1, stable=True).astype(delta.dtype)
-    back = tuple(order.index(a) for a in range(delta.ndim))
-    return ranks.reshape(moved.shape).transpose(back), fibres.shape[-1]
+    return ranks.reshape(moved.shape).transpose(tuple(order.index(a) for a in range(delta.ndim)))
 
 
 def drop(density: Coefficient, *, restore: bool = True) -> Stage:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Num
 
 from jaxmerge.methods.measurements import BitSearch, Measurement, OrderStatistic, Scope, Total, measured_here
 from jaxmerge.methods.method import Method
+from jaxmerge.methods.sharding import along_layers, with_sharding
 from jaxmerge.trees.info import TensorInfo
 from jaxmerge.trees.task_vectors import accumulation_dtype
 
@@ -67,15 +68,9 @@ def merge_whole(
 
     merged, notes = _for_each(one, batch)(method, base, experts, info)
     if sharding is not None:
-        merged = _resharded(merged, sharding)
+        merged = with_sharding(merged, sharding)
     finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in given])
     return merged, finite, _summed(notes, batch)
-
-
-def _resharded(array: Array, sharding: Any) -> Array:
-    """The array with this sharding, which on a mesh with explicit axes is part of its type, not a constraint."""
-    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
-    return jax.sharding.reshard(array, sharding) if explicit else jax.lax.with_sharding_constraint(array, sharding)
 
 
 @functools.partial(jax.jit, static_argnames="batch")
@@ -125,7 +120,14 @@ def _for_each(function: Callable[..., Any], batch: Batch | None) -> Callable[...
     """`function`, or the same over the leading axis of every operand."""
     if batch is None:
         return function
-    return jax.vmap(function) if batch == "vmap" else lambda *operands: jax.lax.map(lambda o: function(*o), operands)
+    if batch == "map":
+        return lambda *operands: jax.lax.map(lambda o: function(*o), operands)
+
+    def over_layers(method: Method, base: Any, experts: list[Any], info: TensorInfo) -> Any:
+        method, info = along_layers((method, info), like=experts[0])
+        return jax.vmap(function)(method, base, experts, info)
+
+    return over_layers
 
 
 def _summed(parts: Any, batch: Batch | None) -> Any:

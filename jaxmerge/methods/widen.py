@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxmerge.methods.coefficients import Coefficient, coefficient
 from jaxmerge.methods.method import Method, pytree
+from jaxmerge.methods.sharding import on_whole
 from jaxmerge.methods.task_arithmetic import nonzero
 from jaxmerge.trees.info import TensorInfo
 
@@ -40,7 +41,7 @@ class Widen(Method):
 
     def _by_rank(self, changes: tuple[Any, ...]) -> list[Any]:
         size = changes[0].size
-        ranks = [jnp.argsort(jnp.argsort(c, axis=None)).reshape(c.shape).astype(c.dtype) / size for c in changes]
+        ranks = [on_whole(_ranks, c) / size for c in changes]
         return self._scores(ranks, [(size - 1) / (2 * size)] * len(ranks))
 
     def _scores(self, significance: list[Any], means: list[Any]) -> list[Any]:
@@ -58,6 +59,11 @@ def _changes(base: Any, expert: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
     aa, ab, bb = (jnp.sum(x * y, axes, keepdims=True) for x, y in ((base, base), (base, expert), (expert, expert)))
     lengths = [jnp.where(square > 0, jnp.sqrt(nonzero(square)), 0) for square in (aa, bb)]
     return jnp.abs(lengths[1] - lengths[0]), 1 - ab / nonzero(lengths[0] * lengths[1])
+
+
+def _ranks(changes: Any) -> Any:
+    """The rank of each entry among all, from 0; equal ones by position."""
+    return jnp.argsort(jnp.argsort(changes, axis=None)).reshape(changes.shape).astype(changes.dtype)
 
 
 def widen(ratio: Coefficient = 1.0, *, calibration: Coefficient = 1.0) -> Method:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from jaxmerge.methods.assignment import assign
 from jaxmerge.methods.lazy import as_lazy, merge_lazily
 from jaxmerge.methods.method import Method
 from jaxmerge.streaming.engine import stream
-from jaxmerge.streaming.plan import make_plan, merges_within
+from jaxmerge.streaming.plan import Plan, make_plan, merges_within
 from jaxmerge.streaming.progress import showing
 from jaxmerge.streaming.report import StreamReport, peak_memory
 from jaxmerge.streaming.sizes import format_bytes, parse_bytes
-from jaxmerge.trees.checks import name_experts
+from jaxmerge.trees.checks import cast, is_mergeable, name_experts
 from jaxmerge.trees.info import Rules
 from jaxmerge.trees.lazy import LazyTensor
 from jaxmerge.trees.paths import Params, named_leaves
@@ -48,6 +49,7 @@ def merge_checkpoint(
     format: str | None = None,
     key: Any = None,
     rules: Rules = Rules(),
+    dtype: str | None = None,
     memory_budget: int | str = DEFAULT_BUDGET,
     max_shard_bytes: int | str | None = None,
     overwrite: bool = False,
@@ -69,6 +71,8 @@ def merge_checkpoint(
         format: "safetensors", "npz" or "orbax"; by default what the suffix of `out` says, and safetensors for folders.
         key: PRNG key (or an integer seed) for methods that draw.
         rules: how tensor names are read, where the defaults guess wrong; which leaves are layer-stacked.
+        dtype: floating-point dtype of the result, which lets the inputs have different ones: they are merged in float32
+            at least, and rounded once. None: that of the inputs.
         memory_budget: bytes (or text such as "1GiB") that the work may take beside Python and its libraries.
         max_shard_bytes: size of the files that a safetensors folder is split into; 5 GiB by default.
         overwrite: replace what stands at `out`, when the merge is complete.
@@ -88,28 +92,14 @@ def merge_checkpoint(
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as opened:
-        sources: dict[str, Checkpoint] = {}
-
-        def params_of(name: str, source: Source) -> Params:
-            if isinstance(source, str | Path):
-                source = opened.enter_context(open_checkpoint(source))
-            if isinstance(source, Checkpoint):
-                sources[name] = source
-                return source.params
-            return source
-
-        base_params = None if base is None else params_of("base", base)
-        trees = {name: params_of(name, source) for name, source in name_experts(experts).items()}
-        merged = merge_lazily(assign(method, trees, base_params, key, rules), allow_nonfinite)
-        reference = sources.get(next(iter(trees)) if base is None else "base")
-        in_folder = _is_hugging_face(out, format)
+        sources, reference, merged = _opened(opened, method, experts, base, key, rules, dtype, allow_nonfinite)
         opening = time.perf_counter() - started
         report = save_lazily(
             merged,
             out,
             format=format,
             metadata=None if reference is None else reference.metadata,
-            side_files=reference.side_files if reference is not None and in_folder else None,
+            side_files=_side_files(reference, dtype) if reference and _is_hugging_face(out, format) else None,
             memory_budget=memory_budget,
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
@@ -117,6 +107,87 @@ def merge_checkpoint(
             sources=sources,
         )
     return dataclasses.replace(report, seconds={"open": opening, **report.seconds})
+
+
+def plan_merge(
+    method: Method,
+    experts: Sequence[Source] | Mapping[str, Source],
+    *,
+    base: Source | None = None,
+    key: Any = None,
+    rules: Rules = Rules(),
+    dtype: str | None = None,
+    memory_budget: int | str = DEFAULT_BUDGET,
+) -> Plan:
+    """Checks a merge of checkpoints as `merge_checkpoint` does, and plans it. No tensor is read, nothing is written.
+
+    Args:
+        method: what to do.
+        experts: as for `merge_checkpoint`.
+        base: as for `merge_checkpoint`.
+        key: PRNG key (or an integer seed) for methods that draw.
+        rules: how tensor names are read.
+        dtype: floating-point dtype of the result.
+        memory_budget: bytes, or text such as "1GiB".
+
+    Returns:
+        What would be read, written and held in memory.
+
+    Raises:
+        MergeError: as `merge_checkpoint` does before it reads a weight.
+    """
+    with contextlib.ExitStack() as opened:
+        sources, _, merged = _opened(opened, method, experts, base, key, rules, dtype, allow_nonfinite=True)
+        return make_plan(_stored_once(merged, sources)[0], parse_bytes(memory_budget, "memory_budget"))
+
+
+def _opened(
+    opened: contextlib.ExitStack,
+    method: Method,
+    experts: Sequence[Source] | Mapping[str, Source],
+    base: Source | None,
+    key: Any,
+    rules: Rules,
+    dtype: str | None,
+    allow_nonfinite: bool,
+) -> tuple[dict[str, Checkpoint], Checkpoint | None, Params]:
+    """The checkpoints by name, the one that gives metadata and side files, and the merged parameters, lazily."""
+    sources: dict[str, Checkpoint] = {}
+
+    def params_of(name: str, source: Source) -> Params:
+        if isinstance(source, str | Path):
+            source = opened.enter_context(open_checkpoint(source))
+        if isinstance(source, Checkpoint):
+            sources[name] = source
+            return source.params
+        return source
+
+    base_params = None if base is None else params_of("the base", base)
+    trees = {name: params_of(name, source) for name, source in name_experts(experts).items()}
+    if dtype is not None and _other_dtypes((base_params, *trees.values()), dtype):
+        wide = "float64" if dtype == "float64" else "float32"
+        base_params, trees = cast(base_params, wide), {name: cast(tree, wide) for name, tree in trees.items()}
+    merged = merge_lazily(assign(method, trees, base_params, key, rules), allow_nonfinite)
+    reference = sources.get(next(iter(trees)) if base is None else "the base")
+    return sources, reference, merged if dtype is None else cast(merged, dtype)
+
+
+def _other_dtypes(trees: Sequence[Params], dtype: str) -> bool:
+    leaves = [leaf for tree in trees for leaf in named_leaves(tree).values()]
+    return any(is_mergeable(leaf) and leaf.dtype.name != dtype for leaf in leaves)
+
+
+def _side_files(reference: Checkpoint, dtype: str | None) -> dict[str, Path | bytes]:
+    """The side files; a `config.json` that tells the dtype of the tensors tells the new one."""
+    files = dict(reference.side_files)
+    config = files.get("config.json")
+    if dtype is not None and config is not None:
+        with contextlib.suppress(ValueError, AttributeError):  # what cannot be understood is copied as it is
+            told: dict[str, Any] = json.loads(config if isinstance(config, bytes) else config.read_bytes())
+            changed = {key: dtype for key in ("dtype", "torch_dtype") if key in told}
+            if changed:
+                files["config.json"] = json.dumps({**told, **changed}, indent=2).encode()
+    return files
 
 
 def save_lazily(
@@ -162,7 +233,7 @@ def save_lazily(
     started = time.perf_counter()
     sources = sources or {}
     _check_conflict(Path(out), sources)
-    tensors, aliases = _stored_once(params, {name for source in sources.values() for name in source.aliases})
+    tensors, aliases = _stored_once(params, sources)
     if max_shard_bytes is None and _is_hugging_face(out, format):
         max_shard_bytes = DEFAULT_SHARD
     plan = make_plan(tensors, parse_bytes(memory_budget, "memory_budget"))
@@ -200,7 +271,7 @@ def save_lazily(
     )
 
 
-def _stored_once(params: Params, further: Set[str]) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def _stored_once(params: Params, sources: Mapping[str, Checkpoint]) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors by the name that each is stored under, and the further names of tied ones.
 
     What is a further name in an input stays one: other tools look for the weights under the name that was kept there.
@@ -208,6 +279,7 @@ def _stored_once(params: Params, further: Set[str]) -> tuple[dict[str, LazyTenso
     tensors: dict[str, LazyTensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
+    further = {name for source in sources.values() for name in source.aliases}
     leaves = named_leaves(params)
     for name in sorted(leaves, key=lambda name: name in further):
         leaf = leaves[name]

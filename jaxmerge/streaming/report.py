@@ -21,7 +21,7 @@ class StreamReport:
         tensors: number of tensors in it, tied ones counted once.
         merged: how many of those were merged; the others were copied.
         bytes_read: bytes fetched, without headers, from each checkpoint that was given by path or opened, by the
-            expert's name (`"base"` for the base). What was given as a tree is not counted.
+            expert's name (`"the base"` for the base). What was given as a tree is not counted.
         bytes_written: bytes of tensors written.
         seconds: wall time by phase: `open` (and check), `plan` (and compile), `stream` (read, compute, write),
             `publish` (make durable and rename).

@@ -53,7 +53,7 @@ def test_scaling_the_task_vectors_scales_the_result(entry, seed, exponent):
     base, experts = inputs(entry, seed)
     zero = jax.tree.map(jnp.zeros_like, base)
     deltas = {name: jax.tree.map(jnp.subtract, expert, base) for name, expert in experts.items()}
-    larger = jax.tree.map(lambda x: x * 2.0**exponent, deltas)
+    larger = {name: jax.tree.map(lambda x: x * 2.0**exponent, delta) for name, delta in deltas.items()}
     merged = jm.merge(entry.method, deltas, base=zero, key=KEY)
     scaled = jm.merge(entry.method, larger, base=zero, key=KEY)
     scaled = jax.tree.map(lambda x: x / 2.0**exponent, scaled)
