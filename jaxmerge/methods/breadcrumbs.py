@@ -9,7 +9,14 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxmerge.errors import RecipeError
-from jaxmerge.methods.coefficients import Coefficient, check_range, coefficient, is_plain_number, per_expert
+from jaxmerge.methods.coefficients import (
+    Coefficient,
+    check_range,
+    check_same_everywhere,
+    coefficient,
+    is_plain_number,
+    per_expert,
+)
 from jaxmerge.methods.measurements import Count, OrderStatistic, Scope, kept_count
 from jaxmerge.methods.method import pytree, static
 from jaxmerge.methods.selection import rank_words
@@ -38,6 +45,9 @@ class KeepMiddle(Stage):
         return self.scope
 
     def at(self, info: TensorInfo, experts: tuple[str, ...]) -> KeepMiddle:
+        if self.scope == "model":
+            check_same_everywhere("density", self.density, experts)
+            check_same_everywhere("gamma", self.gamma, experts)
         size = info.group_size if self.scope == "model" else info.size
         densities = per_expert(self.density, info, experts, "densities")
         gammas = per_expert(self.gamma, info, experts, "gammas")

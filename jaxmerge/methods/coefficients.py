@@ -127,6 +127,22 @@ def per_expert(value: Any, info: TensorInfo, experts: tuple[str, ...], what: str
     return value
 
 
+def check_same_everywhere(what: str, value: Any, experts: tuple[str, ...]) -> None:
+    """Checks that a coefficient is the same for every tensor, as one that counts entries of the whole model must be.
+
+    Raises:
+        RecipeError: it varies by depth or by tensor name.
+    """
+    of_experts = isinstance(value, Table) and set(value.keys) & set(experts)
+    if isinstance(value, ByDepth | Table) and not of_experts:
+        raise RecipeError(
+            f"{what} over the whole model cannot differ between tensors, but {value!r} does; give one number (or one "
+            "per expert), take shares of each tensor with scope='tensor', or use jm.partition"
+        )
+    for part in value.values if of_experts else value if isinstance(value, tuple) else ():
+        check_same_everywhere(what, part, experts)
+
+
 def check_rules(method: Any, names: Sequence[str], experts: tuple[str, ...]) -> None:
     """Checks that every rule inside a method matches a tensor.
 

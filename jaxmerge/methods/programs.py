@@ -92,7 +92,8 @@ def measure_whole(
     measurement = _for_each(one, batch)(method, base, experts, info)
     if isinstance(measurement, Total):
         return Total(_summed(measurement.value, batch))
-    return measurement if batch is None else OrderStatistic((), measurement.ranks[0])
+    # The ranks are equal in all tensors; the first of an axis that is sharded is no slice that explicit axes allow.
+    return measurement if batch is None else OrderStatistic((), jnp.max(measurement.ranks, axis=0))
 
 
 @functools.partial(jax.jit, static_argnames="batch")

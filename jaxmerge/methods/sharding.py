@@ -1,7 +1,7 @@
 """What a mesh with explicit axes (`jax.make_mesh`'s default) asks for, where automatic axes leave it to the compiler.
 
-Explicit shardings are part of an array's type: elementwise arithmetic and full reductions keep them, but sorting along a
-sharded axis, mixing shardings and constraining a result are errors there.
+Explicit shardings are part of an array's type: elementwise arithmetic and full reductions keep them, but sorting along
+a sharded axis, mixing shardings and constraining a result are errors there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def with_sharding(array: Array, sharding: Any) -> Array:
 
 
 def on_whole(function: Callable[[Array], Array], array: Array) -> Array:
-    """`function(array)`, for a function that keeps the shape and needs whole fibres; the result is sharded as the array."""
+    """`function(array)`, sharded as the array, for a function that keeps the shape and needs whole fibres."""
     sharding = explicit_sharding(array)
     if sharding is None:
         return function(array)

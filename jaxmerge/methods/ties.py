@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxmerge.errors import RecipeError
-from jaxmerge.methods.coefficients import Coefficient, check_range, coefficient, per_expert
+from jaxmerge.methods.coefficients import Coefficient, check_range, check_same_everywhere, coefficient, per_expert
 from jaxmerge.methods.measurements import Count, OrderStatistic, Scope, Total, kept_count
 from jaxmerge.methods.method import pytree, static
 from jaxmerge.methods.selection import rank_words
@@ -36,6 +36,8 @@ class Trim(Stage):
         return self.scope
 
     def at(self, info: TensorInfo, experts: tuple[str, ...]) -> Trim:
+        if self.scope == "model":
+            check_same_everywhere("density", self.density, experts)
         densities = per_expert(self.density, info, experts, "densities")
         size = info.group_size if self.scope == "model" else info.size
         ranks = [rank_words(kept_count(d, size, inclusive=self.inclusive, count=self.count)) for d in densities]

@@ -1,8 +1,8 @@
 """The table: which call of ours a recorded call of a published implementation corresponds to.
 
 A row is (family, implementation, pattern of the call) → a function of the recorded parameters, with the reference's own
-defaults, that gives a `Call` of ours. Nothing here looks at the name of a case. A parameter or a value that a function does
-not know is an error, never ignored: a new family, reference or parameter needs a row, a name or a value here.
+defaults, that gives a `Call` of ours. Nothing here looks at the name of a case. A parameter or a value that a function
+does not know is an error, never ignored: a new family, reference or parameter needs a row, a name or a value here.
 
 A new family moves from `NOT_IMPLEMENTED` to `ROWS`, with its files in `data/`.
 """
@@ -52,14 +52,18 @@ class Merge:
             return merged
         wide = self._merge(upcast(case.base), [upcast(expert) for expert in case.experts])
         for name, value in merged.items():
-            np.testing.assert_array_equal(value, wide[name].astype(value.dtype), err_msg=f"{name}: accumulated in half precision")
+            np.testing.assert_array_equal(
+                value, wide[name].astype(value.dtype), err_msg=f"{name}: accumulated in half precision"
+            )
         return merged | {f"f32acc/{name}": value for name, value in wide.items()}
 
     def _merge(self, base: Tensors, experts: list[Tensors]) -> Tensors:
         experts = [base, *experts] if self.base_first else experts[: self.experts]
         if self.method.whole_tensor:
             return self._in_memory(base, experts)
-        merged = jm.merge(self.method, [lazy(x) for x in experts], base=lazy(base) if self.with_base else None, key=SEED)
+        merged = jm.merge(
+            self.method, [lazy(x) for x in experts], base=lazy(base) if self.with_base else None, key=SEED
+        )
         result = {name: read(tensor) for name, tensor in merged.items()}
         if self.method.granularity is not jm.Granularity.MODEL:
             first = next(iter(base))
@@ -95,7 +99,7 @@ class Pruned:
 
 @dataclasses.dataclass(frozen=True)
 class KeepProbability:
-    """The keep probabilities of a dropping stage for one expert's task vector, and what survives if nothing is dropped."""
+    """Keep probabilities of a dropping stage for one expert's task vector, and what survives if nothing is dropped."""
 
     stage: Any
     expert: int
@@ -580,5 +584,7 @@ def our_call(record: dict[str, Any]) -> Call:
         and re.fullmatch(pattern, reference["call"])
     ]
     if len(rows) != 1:
-        raise LookupError(f"{len(rows)} rows for {record['family']}, {reference['implementation']}, {reference['call']!r}")
+        raise LookupError(
+            f"{len(rows)} rows for {record['family']}, {reference['implementation']}, {reference['call']!r}"
+        )
     return rows[0](**{"lambda_" if name == "lambda" else name: value for name, value in record["params"].items()})

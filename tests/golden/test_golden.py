@@ -76,7 +76,9 @@ def widened(x: np.ndarray) -> np.ndarray:
 
 def compare_multisets(case: Case, call: Any, name: str, wanted: Any, found: Any, how: Any) -> None:
     axis = min(1, wanted.ndim - 1)
-    np.testing.assert_allclose(np.sort(found[name], axis), np.sort(wanted, axis), how["rtol"], how["atol"], err_msg=name)
+    np.testing.assert_allclose(
+        np.sort(found[name], axis), np.sort(wanted, axis), how["rtol"], how["atol"], err_msg=name
+    )
 
 
 def compare_finite(case: Case, call: Any, name: str, wanted: Any, found: Any, how: Any) -> None:
@@ -155,7 +157,9 @@ def check_kept(params: dict[str, Any], delta: np.ndarray, left: np.ndarray) -> N
 
 def pruned(stage: Stage, expert: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     deltas = {name: value - base[name] for name, value in expert.items()}
-    left = jm.merge(jm.chain(stage, jm.total()), [calls.on_device(deltas)], base=calls.on_device(calls.zeros_like(deltas)))
+    left = jm.merge(
+        jm.chain(stage, jm.total()), [calls.on_device(deltas)], base=calls.on_device(calls.zeros_like(deltas))
+    )
     return jax.device_get(left)
 
 
@@ -264,10 +268,12 @@ DECLINED = [
         has_an_axis_more,
         check_nothing_selected,
     ),
-    Declined("mergekit's Breadcrumbs lose a tensor's whole task vector where int(gamma * n) is 0", is_zeroed, check_zeroed),
     Declined(
-        "LiNeS searches a name for '.0.', '.1.', … and takes the first found, so that a numbered part of a block steals "
-        "the block's number; we take the number that comes first in the name",
+        "mergekit's Breadcrumbs lose a tensor's whole task vector where int(gamma * n) is 0", is_zeroed, check_zeroed
+    ),
+    Declined(
+        "LiNeS searches a name for '.0.', '.1.', … and takes the first found, so that a numbered part of a block "
+        "steals the block's number; we take the number that comes first in the name",
         has_two_numbers,
         check_first_number_counts,
     ),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jaxmerge as jm
 from tests.methods import reference, reference_spherical, reference_task_vectors
 from tests.methods.models import NAMES
-from tests.methods.reference import W, Model
+from tests.methods.reference import Model, W
 
 WEIGHTS = dict(zip(NAMES, W.tolist(), strict=True))
 PAIR = {name: WEIGHTS[name] for name in NAMES[:2]}
@@ -61,9 +61,7 @@ EVERYTHING = {
     "nuslerp_fibres": Entry(
         jm.nuslerp(PAIR, axis=-1), _bind(reference_spherical.nuslerp, axis=-1), experts=2, reduces=True
     ),
-    "multislerp": Entry(
-        jm.multislerp(WEIGHTS), _bind(reference_spherical.karcher, iterations=0), reduces=True
-    ),
+    "multislerp": Entry(jm.multislerp(WEIGHTS), _bind(reference_spherical.karcher, iterations=0), reduces=True),
     "karcher": Entry(jm.karcher(WEIGHTS), _bind(reference_spherical.karcher, iterations=10), reduces=True),
     "nearswap": Entry(jm.nearswap(0.05), _bind(reference.nearswap, t=0.05), experts=1),
     "passthrough": Entry(jm.passthrough(0.75), _bind(reference.passthrough, scale=0.75), experts=1),
@@ -92,7 +90,9 @@ EVERYTHING = {
     "ties_published": Entry(
         _published_ties(jm.disjoint_mean()), _bind(reference.ties_published, density=0.3, reduction="mean")
     ),
-    "ties_max": Entry(_published_ties(jm.disjoint_max()), _bind(reference.ties_published, density=0.3, reduction="max")),
+    "ties_max": Entry(
+        _published_ties(jm.disjoint_max()), _bind(reference.ties_published, density=0.3, reduction="max")
+    ),
     "ties_rescaled": Entry(
         jm.chain(jm.trim(0.3, scope="tensor"), jm.rescale(), jm.weigh(WEIGHTS), jm.elect_sign(), jm.disjoint_mean()),
         _bind(reference.ties_rescaled, density=0.3),
@@ -154,9 +154,7 @@ EVERYTHING = {
         jm.arcee_fusion(), reference_task_vectors.arcee_fusion, experts=1, reduces=True, scales=False
     ),
     "lines": Entry(jm.lines(alpha=0.2, beta=0.8), _bind(reference.lines, alpha=0.2, beta=0.8, layers=3)),
-    "lines_measured": Entry(
-        jm.lines(beta=0.8), _bind(reference.lines, alpha=None, beta=0.8, layers=3), reduces=True
-    ),
+    "lines_measured": Entry(jm.lines(beta=0.8), _bind(reference.lines, alpha=None, beta=0.8, layers=3), reduces=True),
     "partition": Entry(
         jm.partition(
             {"kernels": jm.ties(0.3, weights=WEIGHTS, scope="tensor"), "rest": jm.linear(WEIGHTS)},

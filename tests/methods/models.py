@@ -16,7 +16,9 @@ SHAPES = {
 NAMES = ("math", "code", "chat")
 
 
-def make_models(seed: int = 0, dtype: Any = np.float32, shapes: dict[str, tuple[int, ...]] = SHAPES) -> tuple[Tensors, dict]:
+def make_models(
+    seed: int = 0, dtype: Any = np.float32, shapes: dict[str, tuple[int, ...]] = SHAPES
+) -> tuple[Tensors, dict[str, Tensors]]:
     """A base and three experts by name, as NumPy arrays; task vectors are a tenth of the weights."""
     rng = np.random.default_rng(seed)
     base = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
@@ -41,7 +43,7 @@ def assert_same(found: Tensors, wanted: Tensors) -> None:
 
 
 def assert_close(found: Tensors, wanted: Tensors, ulps: int = 1) -> None:
-    """Within some units in the last place of the dtype, at the size of the largest entry or of each, whichever is more."""
+    """Within some units in the last place of the dtype, at the size of 1 or of each entry, whichever is more."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         got, want = np.asarray(found[name]), np.asarray(value)

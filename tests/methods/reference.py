@@ -4,6 +4,7 @@ A model is `{name: array}`; `W` are the weights of three experts in order.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ Deltas = list[Model]
 W = np.array([0.5, 1.5, 1.0])
 
 
-def per_tensor(merge: Callable[..., np.ndarray]) -> Callable[..., Model]:
+def per_tensor(merge: Callable[..., Any]) -> Callable[..., Model]:
     def of_model(base: Model, experts: list[Model], **options: object) -> Model:
         return {name: merge(base[name], [expert[name] for expert in experts], **options) for name in base}
 
@@ -73,7 +74,7 @@ def weighed(deltas: Deltas) -> Deltas:
 
 
 def total(deltas: Deltas) -> Model:
-    return {name: sum(delta[name] for delta in deltas) for name in deltas[0]}
+    return {name: np.sum([delta[name] for delta in deltas], axis=0) for name in deltas[0]}
 
 
 def magnitude_of_rank(x: np.ndarray, rank: int) -> float:

@@ -23,9 +23,17 @@ WRONG_TREES = {
     "missing": (model(kernel=None), jm.StructureError, r"expert 'b' lacks 'blocks/1/kernel'.*the base"),
     "extra": (model(bias=jnp.ones(3)), jm.StructureError, r"expert 'b' has 'blocks/1/bias' besides"),
     "reshaped": (model(kernel=jnp.ones((3, 2))), jm.ShapeError, r"'b'.*'blocks/1/kernel'.*\(3, 2\).*\(2, 3\)"),
-    "other dtype": (model(kernel=jnp.ones((2, 3), jnp.bfloat16)), jm.DTypeError, r"'b'.*'blocks/1/kernel'.*bfloat16.*jm\.cast"),
+    "other dtype": (
+        model(kernel=jnp.ones((2, 3), jnp.bfloat16)),
+        jm.DTypeError,
+        r"'b'.*'blocks/1/kernel'.*bfloat16.*jm\.cast",
+    ),
     "no array": (model(kernel="weights"), jm.MergeError, r"'b'.*'blocks/1/kernel'"),
-    "NaN": (model(kernel=jnp.full((2, 3), jnp.nan)), jm.NonFiniteError, r"expert 'b'.*'blocks/1/kernel'.*allow_nonfinite"),
+    "NaN": (
+        model(kernel=jnp.full((2, 3), jnp.nan)),
+        jm.NonFiniteError,
+        r"expert 'b'.*'blocks/1/kernel'.*allow_nonfinite",
+    ),
     "infinity": (model(kernel=jnp.full((2, 3), -jnp.inf)), jm.NonFiniteError, r"expert 'b'.*'blocks/1/kernel'"),
 }
 
@@ -65,7 +73,11 @@ WRONG_METHODS = {
     "a matrix of weights": (jm.linear(jnp.ones((2, 2))), K2, r"not an array of shape \(2, 2\)"),
     "weights of others": (jm.linear({"a": 1.0, "c": 2.0}), K2, r"\['a', 'c'\].*\['a', 'b'\]"),
     "too few densities": (jm.ties([0.2]), K2, r"densities: found 1"),
-    "unknown tensor": (jm.task_arithmetic({"blocks/7/kernel": 1.0, ".*": 0.5}), K2, r"'blocks/7/kernel' matches no tensor.*blocks/[01]/kernel"),
+    "unknown tensor": (
+        jm.task_arithmetic({"blocks/7/kernel": 1.0, ".*": 0.5}),
+        K2,
+        r"'blocks/7/kernel' matches no tensor.*blocks/[01]/kernel",
+    ),
     "no rule left": (jm.task_arithmetic({"blocks/.*": 1.0}), K2, r"'head'.*'\.\*'"),
     "no regular expression": (jm.task_arithmetic({"(": 1.0, ".*": 0.5}), K2, r"no regular expression"),
     "unknown pattern of a mask": (jm.masked(jm.linear(), "attention.*"), K2, r"'attention\.\*' matches no tensor"),
@@ -75,6 +87,13 @@ WRONG_METHODS = {
     "model stock of one": (jm.model_stock(), {"a": BASE}, r"found 1, expected 2 or more"),
     "passthrough of two": (jm.passthrough(), K2, r"found 2 experts; name one"),
     "passthrough of nobody": (jm.passthrough(source="c"), K2, r"'c'; there are a, b"),
+    "model share by depth": (jm.ties(jm.by_depth([0.1, 0.9])), K2, r"density over the whole model.*scope='tensor'"),
+    "model share by name": (
+        jm.chain(jm.keep_middle({"head": 0.5, ".*": 0.9}, scope="model"), jm.total()),
+        K2,
+        r"density over the whole model",
+    ),
+    "model share by expert and depth": (jm.ties([0.5, jm.by_depth([0.1, 0.9])]), K2, r"density over the whole model"),
     "no key": (jm.dare(0.5), K2, r"key=jax\.random\.key"),
     "no experts": (jm.linear(), [], r"no experts"),
     "one tree as experts": (jm.linear(), {"a": jnp.ones(2), "b": jnp.ones(2)}, r"\[params\]"),
@@ -96,9 +115,23 @@ def test_task_vector_methods_need_a_base(method):
         jm.merge(method, K2, key=0)
 
 
-@pytest.mark.parametrize("density", [0, 0.0, -0.1, 1.0001, float("nan"), [0.5, 2.0], {"head": 0.0, ".*": 0.5}], ids=repr)
 @pytest.mark.parametrize(
-    "make", [jm.trim, jm.ties, jm.drop, jm.dare, jm.dare_ties, jm.magprune, jm.della, jm.della_linear, jm.keep_middle, jm.breadcrumbs]
+    "density", [0, 0.0, -0.1, 1.0001, float("nan"), [0.5, 2.0], {"head": 0.0, ".*": 0.5}], ids=repr
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        jm.trim,
+        jm.ties,
+        jm.drop,
+        jm.dare,
+        jm.dare_ties,
+        jm.magprune,
+        jm.della,
+        jm.della_linear,
+        jm.keep_middle,
+        jm.breadcrumbs,
+    ],
 )
 def test_density_lies_above_zero_and_not_above_one(make, density):
     with pytest.raises(jm.RecipeError, match=r"density is .*\(0, 1\]"):

@@ -132,7 +132,9 @@ def test_lazy_and_arrays_mix():
 def test_derived_tensors_merge():
     """Transposed, cast and sliced leaves are leaves like any other."""
     base, experts = make_models(shapes={"w": (8, 16)})
-    derived = [{"w": ArrayTensor(x["w"].T.copy()).T.astype(ml_dtypes.bfloat16).window(slice(1, 5))} for x in experts.values()]
+    derived = [
+        {"w": ArrayTensor(x["w"].T.copy()).T.astype(ml_dtypes.bfloat16).window(slice(1, 5))} for x in experts.values()
+    ]
     merged = jm.merge(jm.linear(), derived)["w"]
     plain = [on_device({"w": x["w"].astype(ml_dtypes.bfloat16)[1:5]}) for x in experts.values()]
     assert_same({"w": merged[...]}, jm.merge(jm.linear(), plain))

@@ -1,5 +1,7 @@
 """Random draws: fixed by key, expert, tensor and position; independent otherwise; right on average."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,8 +38,12 @@ def test_draws_belong_to_names_not_to_places():
     swapped = jm.merge(jm.dare(0.5), {name: experts[name] for name in reversed(NAMES)}, base=base, key=1)
     for name, value in together.items():
         np.testing.assert_allclose(swapped[name], value, rtol=1e-5, atol=1e-6)
-    part = jm.merge(jm.dare(0.5), {n: {"norm/scale": x["norm/scale"]} for n, x in experts.items()},
-                    base={"norm/scale": base["norm/scale"]}, key=1)
+    part = jm.merge(
+        jm.dare(0.5),
+        {n: {"norm/scale": x["norm/scale"]} for n, x in experts.items()},
+        base={"norm/scale": base["norm/scale"]},
+        key=1,
+    )
     assert_same(part, {"norm/scale": together["norm/scale"]})
 
 
@@ -71,7 +77,9 @@ def test_survivors_are_divided_by_the_density_exactly():
         np.testing.assert_array_equal(np.asarray(value)[survived], 4 * np.asarray(delta[name])[survived])
 
 
-@pytest.mark.parametrize("stage", [jm.drop(0.4), jm.magprune(0.4, epsilon=0.2), jm.magprune(0.4, axis="tensor")], ids=repr)
+@pytest.mark.parametrize(
+    "stage", [jm.drop(0.4), jm.magprune(0.4, epsilon=0.2), jm.magprune(0.4, axis="tensor")], ids=repr
+)
 def test_dropping_is_unbiased(stage):
     delta = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((6, 8), np.float32))}
     base = jax.tree.map(jnp.zeros_like, delta)
@@ -94,7 +102,7 @@ def test_restoring_the_l1_norm_restores_it_in_every_draw():
 
 def probability(name, delta, **options):
     info = tensor_infos({name: delta.shape})[name]
-    stage = jm.magprune(0.5, epsilon=0.2, **options).at(info, ("a",))
+    stage: Any = jm.magprune(0.5, epsilon=0.2, **options).at(info, ("a",))
     return np.asarray(stage.keep_probability(jnp.asarray(delta), 0, info))
 
 
@@ -104,7 +112,15 @@ def test_magprune_keeps_the_large_more_often():
     fibres = np.random.default_rng(0).standard_normal((5, 9)).astype(np.float32)
     for axis in (0, 1):
         found = probability("w", fibres, axis=axis)
-        np.testing.assert_allclose(np.sort(found, axis), np.moveaxis(np.broadcast_to(np.linspace(0.3, 0.7, fibres.shape[axis]), np.moveaxis(fibres, axis, -1).shape), -1, axis), rtol=1e-6)
+        np.testing.assert_allclose(
+            np.sort(found, axis),
+            np.moveaxis(
+                np.broadcast_to(np.linspace(0.3, 0.7, fibres.shape[axis]), np.moveaxis(fibres, axis, -1).shape),
+                -1,
+                axis,
+            ),
+            rtol=1e-6,
+        )
         np.testing.assert_array_equal(np.argsort(found, axis), np.argsort(np.abs(fibres), axis))
 
 

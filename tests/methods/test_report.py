@@ -32,7 +32,11 @@ def test_numbers(report):
     np.testing.assert_allclose(of_w["squared_norms"], [30, 30])
     np.testing.assert_allclose(of_w["squared_merged_norm"], 4**2 + 3**2)  # a zero total elects +
     assert notes(report)["steps"] == {}
-    assert {t.name: (t.action, t.size) for t in report.tensors} == {"w": ("merged", 8), "b": ("merged", 2), "steps": ("copied", 2)}
+    assert {t.name: (t.action, t.size) for t in report.tensors} == {
+        "w": ("merged", 8),
+        "b": ("merged", 2),
+        "steps": ("copied", 2),
+    }
 
 
 def test_without_a_base_distances_are_from_the_first_expert():

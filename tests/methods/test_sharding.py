@@ -1,4 +1,4 @@
-"""Merging sharded parameters: the unsharded result, in the base's sharding, on meshes with automatic and explicit axes."""
+"""Merging sharded parameters gives the unsharded result, in the base's sharding, on both kinds of mesh axes."""
 
 import math
 import re
@@ -24,7 +24,9 @@ all_methods = pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHI
 
 
 def spec(name):
-    return {"kernel": P("data", "model"), "embedding": P(None, "model"), "bias": P("data"), "scale": P()}[name.split("/")[-1]]
+    return {"kernel": P("data", "model"), "embedding": P(None, "model"), "bias": P("data"), "scale": P()}[
+        name.split("/")[-1]
+    ]
 
 
 def inputs(entry, mesh):
@@ -51,7 +53,9 @@ def test_sharded_merge_is_the_unsharded_one(entry, mesh):
         assert value.sharding.is_equivalent_to(sharded_base[name].sharding, value.ndim), name
 
 
-@pytest.mark.parametrize("entry", [e for e in EVERYTHING.values() if not e.sorts], ids=[n for n, e in EVERYTHING.items() if not e.sorts])
+@pytest.mark.parametrize(
+    "entry", [e for e in EVERYTHING.values() if not e.sorts], ids=[n for n, e in EVERYTHING.items() if not e.sorts]
+)
 def test_no_tensor_is_gathered(entry):
     """Only numbers travel: counts, sums, norms. Methods that rank entries within a fibre may gather it."""
     _, (base, experts) = inputs(entry, MESHES["auto"])

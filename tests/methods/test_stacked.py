@@ -46,7 +46,9 @@ def test_scanned_and_unrolled_models_merge_alike(method, count):
 
 def test_layers_of_a_scanned_model_draw_independently():
     base = {"layers": jnp.zeros((4, 50, 50))}
-    merged = jm.merge(jm.dare(0.5), [{"layers": jnp.ones((4, 50, 50))}], base=base, key=KEY, rules=jm.Rules(stacked=("layers",)))
+    merged = jm.merge(
+        jm.dare(0.5), [{"layers": jnp.ones((4, 50, 50))}], base=base, key=KEY, rules=jm.Rules(stacked=("layers",))
+    )
     kept = np.asarray(merged["layers"]) != 0
     agreement = [(kept[i] == kept[j]).mean() for i in range(4) for j in range(i)]
     assert all(abs(share - 0.5) < 0.06 for share in agreement)

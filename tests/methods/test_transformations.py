@@ -1,6 +1,7 @@
 """A merge as a JAX function: jit, vmap, grad, one compilation per shape, no implicit transfers."""
 
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tests.methods.models import NAMES, assert_close, assert_same, make_models, 
 all_methods = pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
 
 
-def inputs(entry, seed=0, dtype=np.float32):
+def inputs(entry, seed=0, dtype: Any = np.float32):
     base, experts = make_models(seed, dtype)
     return on_device(base), {name: on_device(experts[name]) for name in NAMES[: entry.experts]}
 
@@ -132,7 +133,9 @@ COMPILED = {
 
 @pytest.mark.parametrize("method", COMPILED.values(), ids=COMPILED)
 def test_one_compilation_per_shape(method, caplog):
-    shapes = {f"layers/{i}/{name}": shape for i in range(12) for name, shape in {"kernel": (4, 6), "bias": (6,)}.items()}
+    shapes = {
+        f"layers/{i}/{name}": shape for i in range(12) for name, shape in {"kernel": (4, 6), "bias": (6,)}.items()
+    }
     base, experts = map(on_device, make_models(0, shapes=shapes))
     first = compilations(caplog, lambda: jm.merge(method, experts, base=base, key=KEY))
     assert sum("merge_whole" in message for message in first) <= 2

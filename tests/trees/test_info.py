@@ -57,8 +57,9 @@ def test_layout_may_be_given():
     assert [torch[name].input_axes for name in shapes] == [(1,), (1,)]
 
 
-def layers(names, rules=jm.Rules()):
-    return {name: (i.layer, i.num_layers) for name, i in tensor_infos(dict.fromkeys(names, (2,)), rules).items()}
+def layers(names, **rules):
+    infos = tensor_infos(dict.fromkeys(names, (2,)), jm.Rules(**rules))
+    return {name: (info.layer, info.num_layers) for name, info in infos.items()}
 
 
 def test_layers_are_numbers_not_text():
@@ -91,7 +92,7 @@ def test_a_single_layer_has_no_depth():
 
 def test_layer_pattern():
     names = ["stage1/unit3/w", "stage1/unit0/w", "stem"]
-    assert layers(names, jm.Rules(layer=r"unit(\d+)")) == {names[0]: (3, 4), names[1]: (0, 4), "stem": (None, 0)}
+    assert layers(names, layer=r"unit(\d+)") == {names[0]: (3, 4), names[1]: (0, 4), "stem": (None, 0)}
 
 
 def test_stacked_leaves_describe_one_layer():

@@ -1,6 +1,7 @@
 """Lazy tensors read what NumPy would index, however they are derived and cut."""
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ from jaxmerge.trees.lazy import ArrayTensor, StackedTensor, covering_boxes
 MANY = settings(max_examples=60)
 
 
-def numbers(shape, dtype=np.float32):
+def numbers(shape, dtype: Any = np.float32):
     return np.arange(math.prod(shape), dtype=np.float32).reshape(shape).astype(dtype)
 
 
