@@ -159,7 +159,7 @@ path = sys.argv[1]
 
 def run(code: str, *args: object, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PREAMBLE + code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path):

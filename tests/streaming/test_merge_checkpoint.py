@@ -314,7 +314,7 @@ def running(script: str, folder: Path) -> Iterator[subprocess.Popen]:
 def outcome(script: str, folder: Path) -> tuple[str, str]:
     """What a script prints, and its errors."""
     with running(script, folder) as process:
-        return process.communicate(timeout=120)
+        return process.communicate(timeout=300)
 
 
 SLOW_MERGE = """
@@ -344,7 +344,7 @@ def test_an_interrupted_merge_leaves_nothing_that_lasts(how: signal.Signals, tmp
             assert process.stdout.readline() == "reading\n"
         assert [path.name for path in tmp_path.iterdir()] == [".merged.partial"]
         process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     if how == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
