@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge.errors import NonFiniteError, RecipeError, StructureError
 from jaxmerge.methods.assignment import Assignment, ExpertTrees, TensorTask, assign
@@ -154,9 +155,11 @@ def _operands(task: TensorTask, traced: bool) -> tuple[Any, ...]:
     method, info = jax.tree.map(_as_array, (task.method, task.info.for_program()))
     if task.stacked:
         info = jax.tree.map(lambda x: np.broadcast_to(x, (task.info.num_layers,)) if x.ndim == 0 else x, info)
-    if not traced:  # explicitly, so that a transfer guard sees no accident
-        method, info = jax.device_put((method, info))
     sharding = _target_sharding(task)
+    if not traced:  # explicitly, so that a transfer guard sees no accident; layers where the layers of the tensors are
+        by_layer = task.stacked and isinstance(sharding, NamedSharding)
+        layers = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1])) if by_layer else None
+        method, info = jax.device_put((method, info), layers)
     experts = [x if sharding is None or x.sharding == sharding else jax.device_put(x, sharding) for x in task.experts]
     return method, task.base, experts, info
 

@@ -155,7 +155,7 @@ def test_models_are_saved_in_three_formats_and_merge_on_disk(tmp_path, monkeypat
     merge = demo.Merge("TIES, all (of them)", jm.ties(), tuple(experts), scale=1.0)
     report = demo.merge_on_disk(merge, paths)
     assert report.path == tmp_path / "merged" / "ties-all-of-them"
-    assert set(report.bytes_read) == {"base", *TASKS} and min(report.bytes_read.values()) > 0
+    assert set(report.bytes_read) == {"the base", *TASKS} and min(report.bytes_read.values()) > 0
     in_memory = jm.merge(jm.ties(), experts, base=base)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), demo.load(report.path, like=base), in_memory)
 

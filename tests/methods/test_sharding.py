@@ -14,6 +14,8 @@ import jaxmerge as jm
 from tests.methods.everything import EVERYTHING, KEY
 from tests.methods.models import NAMES, assert_close, make_models, on_device
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MESHES = {
     "auto": jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto)),
     "explicit": jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit)),
@@ -23,18 +25,17 @@ meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 all_methods = pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
 
 
-def spec(name):
-    return {"kernel": P("data", "model"), "embedding": P(None, "model"), "bias": P("data"), "scale": P()}[
-        name.split("/")[-1]
-    ]
+SPECS = {"kernel": P("data", "model"), "bias": P("data"), "scale": P()}
+SHAPES = {"blocks/0/kernel": (8, 16), "blocks/1/kernel": (8, 16), "blocks/1/bias": (16,), "norm/scale": (16,)}
 
 
 def inputs(entry, mesh):
-    base, experts = make_models()
+    """The models on one device, and sharded."""
+    base, experts = make_models(shapes=SHAPES)
     models = on_device(base), {name: on_device(experts[name]) for name in NAMES[: entry.experts]}
 
     def put(model):
-        return {name: jax.device_put(value, NamedSharding(mesh, spec(name))) for name, value in model.items()}
+        return {n: jax.device_put(x, NamedSharding(mesh, SPECS[n.split("/")[-1]])) for n, x in model.items()}
 
     return models, (put(models[0]), {name: put(expert) for name, expert in models[1].items()})
 
@@ -44,30 +45,26 @@ def inputs(entry, mesh):
 def test_sharded_merge_is_the_unsharded_one(entry, mesh):
     (base, experts), (sharded_base, sharded_experts) = inputs(entry, mesh)
     wanted = jm.merge(entry.method, experts, base=base, key=KEY)
-    merge = jax.jit(lambda base, experts: jm.merge(entry.method, experts, base=base, key=KEY))
-    for run in (lambda b, e: jm.merge(entry.method, e, base=b, key=KEY), merge):
-        merged = run(sharded_base, sharded_experts)
-        assert_close(jax.device_get(merged), wanted, ulps=4)
     eager = jm.merge(entry.method, sharded_experts, base=sharded_base, key=KEY)
-    for name, value in eager.items():
-        assert value.sharding.is_equivalent_to(sharded_base[name].sharding, value.ndim), name
-
-
-@pytest.mark.parametrize(
-    "entry", [e for e in EVERYTHING.values() if not e.sorts], ids=[n for n, e in EVERYTHING.items() if not e.sorts]
-)
-def test_no_tensor_is_gathered(entry):
-    """Only numbers travel: counts, sums, norms. Methods that rank entries within a fibre may gather it."""
-    _, (base, experts) = inputs(entry, MESHES["auto"])
-    shardings = jax.tree.map(lambda x: x.sharding, (base, experts))
+    shardings = jax.tree.map(lambda x: x.sharding, (sharded_base, sharded_experts))
     merge = jax.jit(
         lambda base, experts: jm.merge(entry.method, experts, base=base, key=KEY),
         in_shardings=shardings,
         out_shardings=shardings[0],
     )
-    program = str(merge.lower(base, experts).compile().as_text())
-    gathered = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", program)]
-    assert max(gathered, default=0) <= 3 * MESHES["auto"].size  # counts of three experts or ranks, from every device
+    program = merge.lower(sharded_base, sharded_experts).compile()
+    for merged in (eager, program(sharded_base, sharded_experts)):
+        assert_close(jax.device_get(merged), wanted, ulps=4)
+        for name, value in merged.items():
+            assert value.sharding.is_equivalent_to(sharded_base[name].sharding, value.ndim), name
+    if not entry.sorts:
+        assert largest_gathered(str(program.as_text())) <= 3 * mesh.size  # counts of three ranks from every device
+
+
+def largest_gathered(program):
+    """Entries of the largest array that travels whole between devices."""
+    shapes = re.findall(r"\[([\d,]+)\]\S* all-gather\(", program)
+    return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
 
 
 @meshes
