@@ -5,7 +5,6 @@ factorisations use on the CPU) yet; afterwards these settings would come too lat
 """
 
 import os
-from collections.abc import Iterator
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two threads on two busy cores make one SVD ten times slower
 os.environ["JAX_PLATFORMS"] = "cpu"  # also for the processes that tests start
@@ -28,11 +27,3 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """Programs are compiled quickly rather than well, for tests that compile many and run each a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -18,8 +18,6 @@ from tests.golden import calls
 from tests.golden.calls import Merge, our_call
 from tests.golden.golden_set import GOLDEN, Case
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RECORDS = GOLDEN.index["cases"]
 COMPARED = [
     record

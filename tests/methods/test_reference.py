@@ -6,20 +6,15 @@ import pytest
 
 import jaxmerge as jm
 from tests.methods.everything import DETERMINISTIC, EVERYTHING, KEY
-from tests.methods.models import NAMES, SHAPES, make_models, on_device
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from tests.methods.models import NAMES, make_models, on_device
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-
-
-KERNELS = {name: shape for name, shape in SHAPES.items() if name.endswith("kernel")}
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("entry", DETERMINISTIC.values(), ids=DETERMINISTIC)
 def test_method_gives_its_formula(entry, dtype):
-    base, experts = make_models(dtype=dtype, shapes=KERNELS if dtype == np.float16 else SHAPES)
+    base, experts = make_models(dtype=dtype)
     chosen = {name: experts[name] for name in NAMES[: entry.experts]}
     merged = jm.merge(entry.method, on_device(chosen), base=on_device(base))
     wide = [{n: x.astype(np.float64) for n, x in model.items()} for model in (base, *chosen.values())]
@@ -35,7 +30,7 @@ def test_method_gives_its_formula(entry, dtype):
 
 @pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
 def test_float64_is_merged_in_float64(entry, x64):
-    base, experts = make_models(dtype=np.float64, shapes=KERNELS)
+    base, experts = make_models(dtype=np.float64)
     chosen = {name: experts[name] for name in NAMES[: entry.experts]}
     merged = jm.merge(entry.method, on_device(chosen), base=on_device(base), key=KEY)
     assert all(x.dtype == np.float64 for x in merged.values())

@@ -78,7 +78,6 @@ def test_vmap_over_a_coefficient_is_a_loop(make, values):
 DIFFERENTIATED = {name: entry for name, entry in EVERYTHING.items() if entry.differentiates}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("entry", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
 def test_gradients_are_finite_and_those_of_finite_differences(entry, x64):
     """Along a random direction of coefficients, base and experts; and where experts equal the base."""
