@@ -14,8 +14,6 @@ import jaxmerge as jm
 from tests.methods.everything import EVERYTHING, KEY
 from tests.methods.models import NAMES, assert_close, make_models, on_device
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MESHES = {
     "auto": jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto)),
     "explicit": jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit)),
