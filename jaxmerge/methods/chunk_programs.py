@@ -6,6 +6,7 @@ few lengths, and where a method does not look at the shape they share one compil
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from jaxmerge.methods.measurements import Measurement
 from jaxmerge.methods.method import Method
 from jaxmerge.methods.programs import widened
 from jaxmerge.trees.info import TensorInfo
+from jaxmerge.trees.task_vectors import accumulation_dtype
 
 
 class SharedProgram:
@@ -69,6 +71,11 @@ class SharedProgram:
         return self._by_text[text]
 
 
+def _merge(method: Method, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]) -> Array:
+    wide = widened(method, base, experts)
+    return wide[0].merge_tensor(wide[1], wide[2], info, stats).astype(experts[0].dtype)
+
+
 @SharedProgram
 def merge_chunk(
     method: Method,
@@ -76,15 +83,34 @@ def merge_chunk(
     experts: list[Num[Any, "..."]],
     info: TensorInfo,
     stats: tuple[Any, ...],
-) -> tuple[Num[Array, "..."], Bool[Array, " inputs"]]:
+) -> tuple[Num[Array, "..."], Bool[Any, ""]]:
     """Merges a chunk of a tensor whose measurements are all known.
 
     Returns:
-        The merged chunk in the inputs' dtype, and whether base (first) and experts are finite.
+        The merged chunk in the inputs' dtype, and True.
     """
-    wide = widened(method, base, experts)
-    merged = wide[0].merge_tensor(wide[1], wide[2], info, stats).astype(experts[0].dtype)
-    return merged, _finite(base, experts)
+    return _merge(method, base, experts, info, stats), jnp.asarray(True)
+
+
+@SharedProgram
+def merge_checked_chunk(
+    method: Method,
+    base: Num[Any, "..."] | None,
+    experts: list[Num[Any, "..."]],
+    info: TensorInfo,
+    stats: tuple[Any, ...],
+) -> tuple[Num[Array, "..."], Bool[Any, ""]]:
+    """Like `merge_chunk`, and tells whether the result is finite, which it is not where an input is not.
+
+    A reduction over every input takes XLA:CPU as long as the arithmetic of most methods. So entries with an input that
+    is not finite become NaN on the way, and only the result is reduced.
+    """
+    merged = _merge(method, base, experts, info, stats)
+    inputs = [x for x in (base, *experts) if x is not None]
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in inputs])
+    merged = jnp.where(finite, merged, jnp.nan)
+    # 0 * x is 0 or NaN; a sum is vectorised, a logical reduction is not.
+    return merged, jnp.sum(0 * merged.astype(accumulation_dtype(merged.dtype))) == 0
 
 
 @SharedProgram

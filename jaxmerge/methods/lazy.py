@@ -23,7 +23,7 @@ from jaxtyping import Float, Num
 
 from jaxmerge.errors import NonFiniteError, StructureError
 from jaxmerge.methods.assignment import Assignment, TensorTask
-from jaxmerge.methods.chunk_programs import measure_chunk, merge_chunk
+from jaxmerge.methods.chunk_programs import measure_chunk, merge_checked_chunk, merge_chunk
 from jaxmerge.methods.measurements import Measurement, OrderStatistic, Total
 from jaxmerge.methods.method import Method
 from jaxmerge.methods.selection import OrderStatisticSearch
@@ -34,13 +34,13 @@ from jaxmerge.trees.task_vectors import accumulation_dtype
 
 T = TypeVar("T")
 
-CHUNK = 1 << 17
+CHUNK = 1 << 19
 """Entries per chunk: enough to make the cost of a call small, few enough for the inputs of a chunk to stay in cache."""
 
 SEARCH_BYTES = 6 << 20
 """What one search for an order statistic takes at most."""
 
-_SMALL = 1 << 14  # the other length that programs are compiled for: norms, biases and the ends of tensors
+_SHORTER = (1 << 14, 1 << 17)  # the other lengths that programs are compiled for: small tensors and the ends of others
 _SAMPLED_POPULATION = 1 << 20  # smaller ones are searched without a sample
 _SAMPLE = 1 << 17  # entries of a sample at most
 _PIECES = 64  # pieces of a sample, for each of the first 16 tensors
@@ -179,9 +179,11 @@ class LazyMerge:
         Raises:
             NonFiniteError: an input holds NaN or infinity.
         """
+        program = merge_chunk if self.allow_nonfinite else merge_checked_chunk
         info = chunk_info(task.info, chunk.start)
-        merged, finite = merge_chunk(task.method, chunk.base, chunk.experts, info, stats)
-        self._check_finite(task, finite)
+        merged, finite = program(task.method, chunk.base, chunk.experts, info, stats)
+        if not np.asarray(finite):
+            self._check_finite(task, [np.isfinite(x).all() for x in (chunk.base, *chunk.experts) if x is not None])
         return np.asarray(merged)  # waits
 
     def memory(self, task: TensorTask, length: int) -> int:
@@ -210,7 +212,7 @@ class LazyMerge:
             else:
                 stats += (jax.ShapeDtypeStruct(measurement.ranks.shape[:2], measurement.values[0].dtype),)
                 searches = max(searches, math.prod(measurement.ranks.shape[:2]) * SEARCH_BYTES)
-        return max(needed, merge_chunk.memory(*operands, stats)) + searches
+        return max(needed, merge_checked_chunk.memory(*operands, stats)) + searches
 
     def _check_finite(self, task: TensorTask, finite: Any) -> None:
         """Raises the error for the first input that is not finite. Waits for the program that tells."""
@@ -332,8 +334,8 @@ def inputs(task: TensorTask, chunk: Chunk) -> Iterator[tuple[LazyTensor, Num[np.
 
 
 def padded_size(count: int, full: int) -> int:
-    """How long the arrays of a chunk of `count` entries are: one of two lengths, so that few programs are compiled."""
-    return _SMALL if count <= _SMALL < full else full
+    """How long the arrays of a chunk of `count` entries are: of few lengths, so that few programs are compiled."""
+    return next((length for length in _SHORTER if count <= length < full), full)
 
 
 def chunk_info(info: TensorInfo, start: int) -> TensorInfo:
