@@ -28,7 +28,13 @@ INTERMEDIATE = {"scale", "clamped"}
 """Outputs that a reference has computed on its way to others, which show whether it was right."""
 
 
-@pytest.mark.parametrize("record", COMPARED, ids=[record["id"] for record in COMPARED])
+def param(record):
+    """Cases with the same programs share a worker, which compiles them once."""
+    group = f"{record['family']}/{record['bundle']}"
+    return pytest.param(record, id=record["id"], marks=pytest.mark.xdist_group(group))
+
+
+@pytest.mark.parametrize("record", map(param, COMPARED))
 def test_case(record):
     case, call = GOLDEN.case(record), our_call(record)
     found = call.outputs(case)

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
+import pytest
+
 import jaxmerge as jm
 from tests.methods import reference, reference_spherical, reference_task_vectors
 from tests.methods.models import NAMES
@@ -173,3 +175,10 @@ EVERYTHING = {
 
 KEY = 7
 DETERMINISTIC = {name: entry for name, entry in EVERYTHING.items() if not entry.draws}
+
+
+def each(entries: dict[str, Entry]) -> pytest.MarkDecorator:
+    """Runs a test with each entry. The tests of one entry share a worker, which compiles its programs once for all."""
+    return pytest.mark.parametrize(
+        "entry", [pytest.param(entry, id=name, marks=pytest.mark.xdist_group(name)) for name, entry in entries.items()]
+    )

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmerge as jm
-from tests.methods.everything import EVERYTHING, KEY, WEIGHTS
+from tests.methods.everything import EVERYTHING, KEY, WEIGHTS, each
 from tests.methods.models import NAMES, assert_close, assert_same, make_models, on_device
 
 SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=4)
 
-all_methods = pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
+all_methods = each(EVERYTHING)
 with_base = {name: e for name, e in EVERYTHING.items() if e.method.needs_base and e.scales}
-task_vector_methods = pytest.mark.parametrize("entry", with_base.values(), ids=with_base)
+task_vector_methods = each(with_base)
 many = {name: e for name, e in EVERYTHING.items() if e.experts > 1}
 
 
@@ -27,7 +27,7 @@ def inputs(entry, seed):
     return on_device(base), {name: on_device(experts[name]) for name in NAMES[: entry.experts]}
 
 
-@pytest.mark.parametrize("entry", many.values(), ids=many)
+@each(many)
 @FEW
 @given(seed=SEEDS, order=st.permutations(NAMES))
 def test_order_of_experts_does_not_matter(entry, seed, order):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 import jaxmerge as jm
 from jaxmerge.methods import lazy as lazy_module
 from jaxmerge.trees.lazy import ArrayTensor
-from tests.methods.everything import EVERYTHING, KEY
+from tests.methods.everything import EVERYTHING, KEY, each
 from tests.methods.models import NAMES, assert_close, assert_same, make_models, on_device
 
-all_methods = pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
+all_methods = each(EVERYTHING)
 
 
 class CountingTensor(jm.LazyTensor):

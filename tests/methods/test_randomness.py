@@ -9,7 +9,7 @@ import pytest
 
 import jaxmerge as jm
 from jaxmerge.trees.info import tensor_infos
-from tests.methods.everything import EVERYTHING
+from tests.methods.everything import EVERYTHING, each
 from tests.methods.models import NAMES, assert_same, make_models, on_device
 
 DRAWING = {name: entry for name, entry in EVERYTHING.items() if entry.draws}
@@ -22,7 +22,7 @@ def kept(name="w", expert="a", key=0, density=0.3, shape=SHAPE):
     return np.asarray(jm.merge(jm.dare(density), {expert: {name: jnp.ones(shape)}}, base=base, key=key)[name]) != 0
 
 
-@pytest.mark.parametrize("entry", DRAWING.values(), ids=DRAWING)
+@each(DRAWING)
 def test_same_key_same_bytes_other_key_others(entry):
     base, experts = map(on_device, make_models())
     merged = jm.merge(entry.method, experts, base=base, key=3)
@@ -40,11 +40,11 @@ def test_draws_belong_to_names_not_to_places():
         np.testing.assert_allclose(swapped[name], value, rtol=1e-5, atol=1e-6)
     part = jm.merge(
         jm.dare(0.5),
-        {n: {"norm/scale": x["norm/scale"]} for n, x in experts.items()},
-        base={"norm/scale": base["norm/scale"]},
+        {n: {"blocks/1/bias": x["blocks/1/bias"]} for n, x in experts.items()},
+        base={"blocks/1/bias": base["blocks/1/bias"]},
         key=1,
     )
-    assert_same(part, {"norm/scale": together["norm/scale"]})
+    assert_same(part, {"blocks/1/bias": together["blocks/1/bias"]})
 
 
 @pytest.mark.parametrize("change", [{"name": "v"}, {"expert": "b"}, {"key": 1}], ids=lambda c: next(iter(c)))

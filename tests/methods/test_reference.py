@@ -5,15 +5,24 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
-from tests.methods.everything import DETERMINISTIC, EVERYTHING, KEY
+from tests.methods.everything import DETERMINISTIC, EVERYTHING, KEY, each
 from tests.methods.models import NAMES, SHAPES, make_models, on_device
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("entry", DETERMINISTIC.values(), ids=DETERMINISTIC)
+@each(DETERMINISTIC)
 def test_method_gives_its_formula(entry, dtype):
+    check_formula(entry, dtype)
+
+
+@each({name: EVERYTHING[name] for name in ("linear", "slerp", "ties", "widen")})  # one of each granularity
+def test_method_gives_its_formula_in_float16(entry):
+    check_formula(entry, np.float16)
+
+
+def check_formula(entry, dtype):
     base, experts = make_models(dtype=dtype)
     chosen = {name: experts[name] for name in NAMES[: entry.experts]}
     merged = jm.merge(entry.method, on_device(chosen), base=on_device(base))
@@ -31,7 +40,7 @@ def test_method_gives_its_formula(entry, dtype):
 KERNELS = {name: shape for name, shape in SHAPES.items() if name.endswith("kernel")}
 
 
-@pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
+@each(EVERYTHING)
 def test_float64_is_merged_in_float64(entry, x64):
     base, experts = make_models(dtype=np.float64, shapes=KERNELS)
     chosen = {name: experts[name] for name in NAMES[: entry.experts]}

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge as jm
-from tests.methods.everything import EVERYTHING, KEY
+from tests.methods.everything import EVERYTHING, KEY, each
 from tests.methods.models import NAMES, assert_close, make_models, on_device
 
 MESHES = {
@@ -20,7 +20,7 @@ MESHES = {
 }
 
 meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-all_methods = pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
+all_methods = each(EVERYTHING)
 
 
 SPECS = {"kernel": P("data", "model"), "bias": P("data"), "scale": P()}

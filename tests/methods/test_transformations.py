@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
-from tests.methods.everything import EVERYTHING, KEY
+from tests.methods.everything import EVERYTHING, KEY, each
 from tests.methods.models import NAMES, assert_close, assert_same, make_models, on_device
 
-all_methods = pytest.mark.parametrize("entry", EVERYTHING.values(), ids=EVERYTHING)
+all_methods = each(EVERYTHING)
 
 
 def inputs(entry, seed=0, dtype: Any = np.float32):
@@ -39,7 +39,7 @@ def test_under_jit_as_outside_and_without_implicit_transfers(entry):
 CLOSED_OVER = ["linear", "ties", "dare", "lines"]
 
 
-@pytest.mark.parametrize("entry", [EVERYTHING[name] for name in CLOSED_OVER], ids=CLOSED_OVER)
+@each({name: EVERYTHING[name] for name in CLOSED_OVER})
 def test_coefficients_may_be_constants_of_a_program(entry):
     base, experts = jax.device_put(inputs(entry))
     merge = jax.jit(lambda base, experts: jm.merge(entry.method, experts, base=base, key=KEY))
@@ -78,7 +78,7 @@ def test_vmap_over_a_coefficient_is_a_loop(make, values):
 DIFFERENTIATED = {name: entry for name, entry in EVERYTHING.items() if entry.differentiates}
 
 
-@pytest.mark.parametrize("entry", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
+@each(DIFFERENTIATED)
 def test_gradients_are_finite_and_those_of_finite_differences(entry, x64):
     """Along a random direction of coefficients, base and experts; and where experts equal the base."""
     base, experts = inputs(entry, dtype=np.float64)
