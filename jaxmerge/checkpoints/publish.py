@@ -57,6 +57,7 @@ class Staging:
         self._replaced = self.target.with_name(f".{self.target.name}.replaced")
         self._is_folder, self._overwrite = is_folder, overwrite
         self._check_target()
+        self._made = [parent for parent in self.target.parents if not parent.exists()]  # the innermost first
         with as_checkpoint_error(f"write {self.target}"):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._lock: int | None = self._claim()
@@ -97,10 +98,16 @@ class Staging:
             self._release()
 
     def abort(self) -> None:
-        """Removes the hidden folder and everything in it. After `commit` or a first `abort` there is nothing to do."""
+        """Removes the hidden folder and everything in it, and parent folders that were made for it and are empty.
+
+        After `commit` or a first `abort` there is nothing to do.
+        """
         if self._lock is not None:  # otherwise the folder may be another writer's by now
             _remove(self.folder)
             self._release()
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                for parent in self._made:
+                    parent.rmdir()
 
     def _release(self) -> None:
         lock, self._lock = self._lock, None

@@ -275,6 +275,13 @@ def test_entries_that_are_no_native_numbers_are_an_error(tmp_path, target, forma
     assert files_below(tmp_path) == []
 
 
+def test_parent_folders_that_were_made_go_with_an_aborted_checkpoint(tmp_path, tensors):
+    (tmp_path / "there").mkdir()
+    writer = open_writer(tmp_path / "there" / "a" / "b" / "m.npz", [spec(*item) for item in tensors.items()])
+    writer.abort()
+    assert files_below(tmp_path) == ["there"]
+
+
 def test_missing_parent_folders_are_made_and_no_parameters_are_a_checkpoint_too(tmp_path):
     path = save_checkpoint(tmp_path / "a/b/m.safetensors", {})
     assert open_checkpoint(path).params == {}
