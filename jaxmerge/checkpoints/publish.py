@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -57,8 +58,8 @@ class Staging:
         self._replaced = self.target.with_name(f".{self.target.name}.replaced")
         self._is_folder, self._overwrite = is_folder, overwrite
         self._check_target()
-        self._made = [parent for parent in self.target.parents if not parent.exists()]  # the innermost first
         with as_checkpoint_error(f"write {self.target}"):
+            self._made = list(itertools.takewhile(lambda parent: not parent.exists(), self.target.parents))
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._lock: int | None = self._claim()
             try:
