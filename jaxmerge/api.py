@@ -77,6 +77,8 @@ from jaxmerge.methods.ties import elect_sign as elect_sign
 from jaxmerge.methods.ties import rescale as rescale
 from jaxmerge.methods.ties import ties as ties
 from jaxmerge.methods.ties import trim as trim
+from jaxmerge.methods.transplant import matching_pursuit as matching_pursuit
+from jaxmerge.methods.transplant import transplant_embeddings as transplant_embeddings
 from jaxmerge.methods.widen import widen as widen
 from jaxmerge.streaming.merge_checkpoint import merge_checkpoint as merge_checkpoint
 from jaxmerge.streaming.merge_checkpoint import plan_merge as plan_merge
@@ -85,8 +87,15 @@ from jaxmerge.streaming.report import StreamReport as StreamReport
 from jaxmerge.trees.checks import cast as cast
 from jaxmerge.trees.info import Rules as Rules
 from jaxmerge.trees.info import TensorInfo as TensorInfo
+from jaxmerge.trees.layers import select_layers as select_layers
+from jaxmerge.trees.layers import stack_layers as stack_layers
 from jaxmerge.trees.lazy import LazyTensor as LazyTensor
 from jaxmerge.trees.paths import named_leaves as named_leaves
 from jaxmerge.trees.paths import renamed as renamed
 from jaxmerge.trees.task_vectors import apply_task_vector as apply_task_vector
 from jaxmerge.trees.task_vectors import task_vector as task_vector
+from jaxmerge.trees.vocabulary import TokenRule as TokenRule
+from jaxmerge.trees.vocabulary import Vocabulary as Vocabulary
+from jaxmerge.trees.vocabulary import align_vocabularies as align_vocabularies
+from jaxmerge.trees.vocabulary import merge_vocabularies as merge_vocabularies
+from jaxmerge.trees.vocabulary import read_vocabulary as read_vocabulary

@@ -1,10 +1,11 @@
-"""mergekit's form of a recipe (`merge_method`, `models`, `base_model`, `parameters`, `dtype`), with mergekit's results.
+"""mergekit's form of a recipe, with mergekit's results: `merge_method`, `models` or `slices`, `tokenizer` and the rest.
 
-What a parameter is for a tensor is decided as mergekit decides it: the model's own setting comes before the global one;
-in a setting the first filter that is part of the tensor's name wins; a gradient is interpolated over the layers, and
-tensors outside the layers get its first value. Then the tensor gets the method of ours that mergekit's method equals:
-trimming per tensor, task vectors weighted before the election, rescaling by the L1 norm. Unlike mergekit, arithmetic is
-in float32 whatever the dtype, and entries that tie at a cut are all kept.
+What a parameter is for a tensor is decided as mergekit decides it: the model's own setting comes before the slice's and
+that before the global one; in a setting the first filter that is part of the tensor's name wins; a gradient is
+interpolated over the layers of a slice, and tensors outside the layers get its first value. Then the tensor gets the
+method of ours that mergekit's method equals: trimming per tensor, task vectors weighted before the election, rescaling
+by the L1 norm. Unlike mergekit, arithmetic is in float32 whatever the dtype, and entries that tie at a cut are all
+kept.
 
 Behaviour after mergekit 0.1.5.
 """
@@ -13,25 +14,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jaxmerge.cli.nodes import Node, suggestion
 from jaxmerge.cli.own_form import read_dtype
-from jaxmerge.cli.recipe import Recipe, name_models
+from jaxmerge.cli.recipe import Recipe, Slice, TokenizerSection, name_models
 from jaxmerge.errors import RecipeError
+from jaxmerge.methods.arcee_fusion import arcee_fusion
 from jaxmerge.methods.averaging import linear, model_stock
 from jaxmerge.methods.breadcrumbs import keep_middle
 from jaxmerge.methods.choosing import passthrough
 from jaxmerge.methods.dropping import drop, magprune
 from jaxmerge.methods.interpolation import nearswap, slerp
 from jaxmerge.methods.method import Method, pytree, static
+from jaxmerge.methods.sce import sce
+from jaxmerge.methods.spherical import karcher, multislerp, nuslerp
 from jaxmerge.methods.stages import Stage, chain
 from jaxmerge.methods.task_arithmetic import scale, total, weigh
 from jaxmerge.methods.ties import disjoint_mean, disjoint_sum, elect_sign, rescale, trim
 from jaxmerge.trees.info import TensorInfo
+from jaxmerge.trees.layers import renumbered
+from jaxmerge.trees.vocabulary import TokenRule
 
-KEYS = ("merge_method", "models", "base_model", "parameters", "dtype")
-NOT_YET = ("slices", "modules", "out_dtype", "tokenizer", "tokenizer_source", "chat_template")
+KEYS = (
+    *("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype"),
+    *("tokenizer", "tokenizer_source", "chat_template"),
+)
+NOT_YET = ("modules",)
 REQUIRED = object()
 
 Values = Mapping[str, Any]
@@ -46,13 +55,14 @@ class Form:
         build: the method of ours with the given parameters.
         shared: its parameters that are the same for all models, with their defaults.
         per_model: its parameters that every model has, with their defaults.
-        relative: the base model is what the others are compared with, not one among them.
+        base: whether the base model is what the others are compared with (`"required"`, or `"optional"` where it may
+            be missing), or one among them (`"ignored"`).
     """
 
     build: Callable[[Values], Method]
     shared: Values = dataclasses.field(default_factory=dict)
     per_model: Values = dataclasses.field(default_factory=dict)
-    relative: bool = True
+    base: Literal["required", "optional", "ignored"] = "required"
 
 
 def _task_vectors(
@@ -94,16 +104,40 @@ def _magprune(values: Values) -> Stage:
     return magprune(values["density"], epsilon=values["epsilon"], restore=False, axis=1)
 
 
+def _fibres(values: Values) -> int | None:
+    """What mergekit calls rows are columns: with `nuslerp_row_wise` a vector runs along the first axis."""
+    if values["nuslerp_flatten"]:
+        return None
+    return 0 if values["nuslerp_row_wise"] else -1
+
+
 FORMS = {
     "linear": Form(
         lambda values: linear(values["weight"], normalize=values["normalize"]),
         {"normalize": True},
         {"weight": REQUIRED},
-        relative=False,
+        base="ignored",
     ),
     "slerp": Form(lambda values: slerp(values["t"]), {"t": REQUIRED}),
     "nearswap": Form(lambda values: nearswap(values["t"]), {"t": REQUIRED}),
-    "passthrough": Form(lambda values: passthrough(values["scale"][0]), {}, {"scale": 1.0}, relative=False),
+    "nuslerp": Form(
+        lambda values: nuslerp(values["weight"], axis=_fibres(values)),
+        {"nuslerp_flatten": True, "nuslerp_row_wise": False},
+        {"weight": REQUIRED},
+        base="optional",
+    ),
+    "multislerp": Form(
+        lambda values: multislerp(values["weight"], normalize=values["normalize_weights"]),
+        {"normalize_weights": True, "eps": 1e-8},
+        {"weight": REQUIRED},
+        base="optional",
+    ),
+    "karcher": Form(
+        lambda values: karcher(iterations=int(values["max_iter"])), {"max_iter": 10, "tol": 1e-5}, base="ignored"
+    ),
+    "passthrough": Form(lambda values: passthrough(values["scale"][0]), {}, {"scale": 1.0}, base="ignored"),
+    "arcee_fusion": Form(lambda values: arcee_fusion(axis=-1)),
+    "sce": Form(lambda values: sce(values["select_topk"], min_energy=1e-6), {"select_topk": 1.0, "int8_mask": False}),
     "model_stock": Form(lambda values: model_stock(axis=-1 if values["filter_wise"] else None), {"filter_wise": False}),
     "task_arithmetic": _task_vectors(consensus=False, normalize=False, rescaled=False),
     "ties": _task_vectors(_trim, consensus=True, normalize=True, rescaled=False),
@@ -114,7 +148,10 @@ FORMS = {
     "breadcrumbs": _task_vectors(_keep_middle, consensus=False, normalize=False, rescaled=False, gamma=0.01),
     "breadcrumbs_ties": _task_vectors(_keep_middle, consensus=True, normalize=False, rescaled=False, gamma=0.01),
 }
-SWITCHES = ("normalize", "rescale", "int8_mask", "filter_wise")
+SWITCHES = (
+    *("normalize", "rescale", "int8_mask", "filter_wise"),
+    *("normalize_weights", "nuslerp_flatten", "nuslerp_row_wise"),
+)
 PARAMETERS = tuple(sorted({name for form in FORMS.values() for name in (*form.shared, *form.per_model)}))
 
 
@@ -133,18 +170,22 @@ class Setting:
         """Whether it is not simply one value for every tensor."""
         return not (len(self.rules) == 1 and self.rules[0][0] is None and not isinstance(self.rules[0][1], list))
 
-    def at(self, info: TensorInfo) -> Any:
-        """The value for a tensor; None where nothing is said."""
+    def at(self, name: str, depth: float) -> Any:
+        """The value for a tensor; None where nothing is said.
+
+        Args:
+            name: the tensor's name.
+            depth: from 0 for the first layer to 1 for the last; 0 outside the layers.
+        """
         for part, value in self.rules:
-            if part is None or part in info.name:
-                return _on_gradient(value, info) if isinstance(value, list) else value
+            if part is None or part in name:
+                return _on_gradient(value, depth) if isinstance(value, list) else value
         return None
 
 
-def _on_gradient(points: list[Any], info: TensorInfo) -> Any:
+def _on_gradient(points: list[Any], depth: float) -> Any:
     if not points:
         return None
-    depth = 0.0 if info.layer is None else 1.0 if info.num_layers == 1 else info.layer / (info.num_layers - 1)
     place = depth * (len(points) - 1)
     low = int(place)
     if isinstance(points[0], bool):  # a switch cannot be half on
@@ -155,27 +196,35 @@ def _on_gradient(points: list[Any], info: TensorInfo) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Settings:
-    """All that a recipe says about the parameters of its method.
+    """All that a recipe says about the parameters of its method, for one slice of the output.
 
     Attributes:
-        node: the recipe, for messages.
-        form: mergekit's method.
-        everywhere: parameter → setting for all models.
+        node: the recipe or the slice, for messages.
+        merge_method: mergekit's name of the method.
+        form: the method.
+        shared: settings for all models, those that come first first; each parameter → setting.
         of_models: the experts' own settings, in the experts' order, each parameter → setting.
         experts: paths of the experts.
+        first: the number that the slice's first layer has in the output.
+        count: the slice's number of layers; None: those of the model, from 0.
+        starts: the number that the slice's first layer has in each expert.
     """
 
     node: Node
+    merge_method: str
     form: Form
-    everywhere: Mapping[str, Setting]
+    shared: Sequence[Mapping[str, Setting]]
     of_models: Sequence[Mapping[str, Setting]]
     experts: Sequence[str]
+    first: int = 0
+    count: int | None = None
+    starts: Sequence[int] = ()
 
     @property
     def vary(self) -> bool:
         """Whether tensors may get different parameters."""
         known = {*self.form.shared, *self.form.per_model}
-        places = (self.everywhere, *self.of_models)
+        places = (*self.shared, *self.of_models)
         return any(setting.varies for place in places for name, setting in place.items() if name in known)
 
     def method(self, info: TensorInfo) -> Method:
@@ -184,24 +233,45 @@ class Settings:
         Raises:
             RecipeError: a parameter has no value there, or one that is out of range.
         """
-        values: dict[str, Any] = {}
+        depth, values = self._depth(info), {}
         for name, default in self.form.shared.items():
-            values[name] = self._value([self.everywhere], name, default, info, "")
+            values[name] = self._value(self.shared, name, default, info.name, depth, info, "")
         for name, default in self.form.per_model.items():
             values[name] = [
-                self._value([own, self.everywhere], name, default, info, f" of model {model!r}")
-                for model, own in zip(self.experts, self.of_models, strict=True)
+                self._value(
+                    [own, *self.shared], name, default, self._name_in(i, info), depth, info, f" of model {path!r}"
+                )
+                for i, (path, own) in enumerate(zip(self.experts, self.of_models, strict=True))
             ]
         try:
             return self.form.build(values)
         except RecipeError as error:
             raise self._error(str(error), info) from None
 
+    def _depth(self, info: TensorInfo) -> float:
+        if info.layer is None:
+            return 0.0
+        count = info.num_layers if self.count is None else self.count
+        return 1.0 if count == 1 else (info.layer - self.first) / (count - 1)
+
+    def _name_in(self, expert: int, info: TensorInfo) -> str:
+        """The tensor's name in an expert, which is what filters of parameters of models look at."""
+        if info.layer is None or not self.starts:
+            return info.name
+        return renumbered(info.name, info.layer - self.first + self.starts[expert])
+
     def _value(
-        self, places: Sequence[Mapping[str, Setting]], name: str, default: Any, info: TensorInfo, of: str
+        self,
+        places: Sequence[Mapping[str, Setting]],
+        name: str,
+        default: Any,
+        tensor: str,
+        depth: float,
+        info: TensorInfo,
+        of: str,
     ) -> Any:
         for settings in places:
-            if name in settings and (value := settings[name].at(info)) is not None:
+            if name in settings and (value := settings[name].at(tensor, depth)) is not None:
                 return value
         if default is REQUIRED:
             raise self._error(f"the parameter {name!r}{of} has no value; add one under 'parameters'", info)
@@ -225,7 +295,7 @@ class ByTensor(Method):
         return self.settings.method(info)
 
     def __repr__(self) -> str:
-        return f"{self.settings.node.value['merge_method'].value}(parameters by tensor)"
+        return f"{self.settings.merge_method}(parameters by tensor)"
 
 
 def read_mergekit(root: Node) -> Recipe:
@@ -238,41 +308,204 @@ def read_mergekit(root: Node) -> Recipe:
         if key in NOT_YET:
             raise node.error(f"{key!r} of mergekit is not supported yet; supported are {', '.join(KEYS)}")
     entries = root.entries(KEYS)
-    for key in ("merge_method", "models"):
-        if key not in entries:
-            raise root.error(f"the recipe has no {key!r}")
+    if "merge_method" not in entries:
+        raise root.error("the recipe has no 'merge_method'")
+    if "models" not in entries and "slices" not in entries:
+        raise root.error("the recipe has no 'models' and no 'slices'")
+    if "models" in entries and "slices" in entries:
+        raise entries["slices"].error("the recipe has 'models' and 'slices'; mergekit takes one of them")
     name = entries["merge_method"].text()
     if name not in FORMS:
         raise entries["merge_method"].error(f"unknown merge_method {name!r}{suggestion(name, list(FORMS))}")
+    base = entries["base_model"].text() if "base_model" in entries else None
+    everywhere = _settings(entries["parameters"]) if "parameters" in entries else {}
+    reader = _slices if "slices" in entries else _models
+    slices, paths = reader(root, entries, name, base, everywhere)
+    tokenizer = _tokenizer(entries, paths, base)
+    chat_template = _chat_template(entries["chat_template"]) if "chat_template" in entries else None
+    dtype = next((read_dtype(entries[key]) for key in ("out_dtype", "dtype") if key in entries), None)
+    relative = base if FORMS[name].base != "ignored" else None
+    whole = "slices" not in entries
+    return Recipe(
+        source=root.source,
+        method=slices[0].method,
+        experts=name_models([path for path in paths if not (whole and path == relative)]),
+        base=relative,
+        dtype=dtype,
+        slices=() if whole else tuple(slices),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+    )
+
+
+def _models(
+    root: Node, entries: Mapping[str, Node], name: str, base: str | None, everywhere: Mapping[str, Setting]
+) -> tuple[list[Slice], list[str]]:
+    """The whole output as one slice, and the paths of all models."""
     form = FORMS[name]
     models: dict[str, Mapping[str, Setting]] = {}
     for node in entries["models"].items():
         model = node.entries(("model", "parameters"))
-        if "model" not in model:
-            raise node.error("this entry has no 'model'; give a path or URL")
-        path = model["model"].text()
-        if path in models:
-            raise model["model"].error(f"the model {path!r} is there twice; remove one")
+        path = _new_path(node, model, models)
         models[path] = _settings(model["parameters"]) if "parameters" in model else {}
-    base = entries["base_model"].text() if "base_model" in entries else None
-    if form.relative:
-        if base is None:
-            raise root.error(f"{name} compares models with a base; add 'base_model'")
-        models.pop(base, None)  # its parameters mean nothing then
-    elif base is not None:
+    if form.base == "required" and base is None:
+        raise root.error(f"{name} compares models with a base; add 'base_model'")
+    if form.base == "ignored" and base is not None:
         # One model among others, and an expert even if it is not listed. First, since the first gives the side files.
         models = {base: models.pop(base, {}), **models}
+    if form.base != "ignored" and base is not None:
+        models.pop(base, None)  # its parameters mean nothing then
     if not models:
         raise entries["models"].error("there are no models to merge; give at least one besides the base")
-    everywhere = _settings(entries["parameters"]) if "parameters" in entries else {}
-    settings = Settings(root, form, everywhere, list(models.values()), list(models))
-    return Recipe(
-        source=root.source,
-        method=ByTensor(settings) if settings.vary else settings.method(TensorInfo("", ())),
-        experts=name_models(list(models)),
-        base=base if form.relative else None,
-        dtype=read_dtype(entries["dtype"]) if "dtype" in entries else None,
+    settings = Settings(root, name, form, [everywhere], list(models.values()), list(models))
+    relative = base if form.base != "ignored" else None
+    paths = [*models, *([] if relative is None else [relative])]
+    return [Slice(_method(settings), dict.fromkeys(paths), relative)], paths
+
+
+def _slices(
+    root: Node, entries: Mapping[str, Node], name: str, base: str | None, everywhere: Mapping[str, Setting]
+) -> tuple[list[Slice], list[str]]:
+    """The slices of the output, and the paths of all models; the first gives the side files."""
+    form = FORMS[name]
+    slices: list[Slice] = []
+    first = 0
+    for node in entries["slices"].items():
+        entry = node.entries(("sources", "base_model", "parameters"))
+        if "sources" not in entry:
+            raise node.error("this slice has no 'sources'")
+        slice_base = entry["base_model"].text() if "base_model" in entry else base
+        ranges: dict[str, tuple[int, int] | None] = {}
+        own: dict[str, Mapping[str, Setting]] = {}
+        count: int | None = None
+        for source_node in entry["sources"].items():
+            source = source_node.entries(("model", "layer_range", "parameters"))
+            path = _new_path(source_node, source, own)
+            start, stop = _layer_range(source_node, source)
+            if count is not None and count != stop - start:
+                raise source_node.error(
+                    f"found {stop - start} layers, expected {count} as in the slice's other sources"
+                )
+            count, ranges[path] = stop - start, (start, stop)
+            own[path] = _settings(source["parameters"]) if "parameters" in source else {}
+        relative = None if form.base == "ignored" else slice_base
+        if relative is None and form.base == "required":
+            raise node.error(f"{name} compares models with a base; add 'base_model'")
+        if relative is not None and relative not in own:
+            raise node.error(f"the base {relative!r} is not among the slice's sources; add it with its layer_range")
+        experts = [path for path in own if path != relative]
+        if count is None or not experts:
+            raise node.error("there are no models to merge; give at least one besides the base")
+        of_slice = _settings(entry["parameters"]) if "parameters" in entry else {}
+        starts = [span[0] for path in experts if (span := ranges[path]) is not None]
+        settings = Settings(
+            node, name, form, [of_slice, everywhere], [own[path] for path in experts], experts, first, count, starts
+        )
+        slices.append(Slice(_method(settings), ranges, relative))
+        first += count
+    if not slices:
+        raise entries["slices"].error("there are no slices; give at least one")
+    found = ([] if base is None else [base]) + [path for part in slices for path in part.layers]
+    return slices, list(dict.fromkeys(found))
+
+
+def _method(settings: Settings) -> Method:
+    return ByTensor(settings) if settings.vary else settings.method(TensorInfo("", ()))
+
+
+def _new_path(node: Node, entry: Mapping[str, Node], known: Mapping[str, Any]) -> str:
+    if "model" not in entry:
+        raise node.error("this entry has no 'model'; give a path or URL")
+    path = entry["model"].text()
+    if path in known:
+        raise entry["model"].error(f"the model {path!r} is there twice; remove one")
+    return path
+
+
+def _layer_range(node: Node, source: Mapping[str, Node]) -> tuple[int, int]:
+    if "layer_range" not in source:
+        raise node.error("this source has no 'layer_range'; give [start, stop]")
+    ends = source["layer_range"]
+    numbers = [_whole(item) for item in ends.items()]
+    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+        raise ends.error(f"the layer_range is {numbers}, expected [start, stop] with 0 <= start < stop")
+    return numbers[0], numbers[1]
+
+
+def _whole(node: Node) -> int:
+    number = node.number()
+    if number != int(number):
+        raise node.error(f"found {node}, expected a whole number")
+    return int(number)
+
+
+def _tokenizer(entries: Mapping[str, Node], paths: Sequence[str], base: str | None) -> TokenizerSection | None:
+    """What the recipe says about the vocabulary of the output."""
+    if "tokenizer" in entries and "tokenizer_source" in entries:
+        raise entries["tokenizer_source"].error("'tokenizer' and 'tokenizer_source' say the same; remove one")
+    if "tokenizer_source" in entries:
+        source = entries["tokenizer_source"]
+        return None if source.value is None else TokenizerSection(_tokenizer_source(source, paths, base), base=base)
+    if "tokenizer" not in entries or entries["tokenizer"].value is None:
+        return None
+    section = entries["tokenizer"].entries(("source", "tokens", "pad_to_multiple_of"))
+    pad = section.get("pad_to_multiple_of")
+    if pad is not None and pad.value is not None and not 1 <= _whole(pad) <= 1 << 20:
+        raise pad.error(f"found {pad}, expected a whole number from 1 to {1 << 20}")
+    tokens = section.get("tokens")
+    return TokenizerSection(
+        source=_tokenizer_source(section["source"], paths, base) if "source" in section else "union",
+        tokens={}
+        if tokens is None or tokens.value is None
+        else {token: _token_rule(node, paths) for token, node in tokens.entries().items()},
+        pad_to_multiple_of=None if pad is None or pad.value is None else _whole(pad),
+        base=base,
     )
+
+
+def _tokenizer_source(node: Node, paths: Sequence[str], base: str | None) -> str:
+    source = node.text()
+    if source == "base" and base is None:
+        raise node.error("there is no base_model whose tokenizer could be taken; name a model instead")
+    return source if source in ("union", "base") else _known(node, source, paths)
+
+
+def _token_rule(node: Node, paths: Sequence[str]) -> TokenRule:
+    entry = node.entries(("source", "force"))
+    force = entry.get("force")
+    if force is not None and force.value not in (True, False):
+        raise force.error(f"found {force}, expected true or false")
+    forced = bool(force is not None and force.value)
+    source = entry.get("source")
+    if source is None or source.value is None:
+        return TokenRule(force=forced)
+    if isinstance(source.value, str):
+        return TokenRule(model=_known(source, source.text(), paths), force=forced)
+    kind = source.entries(("kind", "model", "token", "token_id"))
+    if "kind" not in kind or kind["kind"].value not in ("zero", "model_token"):
+        raise source.error("a source is the path of a model, or has the kind 'zero' or 'model_token'")
+    if kind["kind"].value == "zero":
+        return TokenRule(zero=True, force=forced)
+    if "model" not in kind or ("token" in kind) == ("token_id" in kind):
+        raise source.error("a source of kind 'model_token' needs a 'model', and a 'token' or a 'token_id'")
+    token = kind["token"].text() if "token" in kind else _whole(kind["token_id"])
+    return TokenRule(model=_known(kind["model"], kind["model"].text(), paths), token=token, force=forced)
+
+
+def _known(node: Node, path: str, paths: Sequence[str]) -> str:
+    if path not in paths:
+        raise node.error(f"the model {path!r} takes no part in this merge{suggestion(path, paths)}")
+    return path
+
+
+def _chat_template(node: Node) -> str | None:
+    if node.value is None:
+        return None
+    if node.text() != "auto" and "{" not in node.value:
+        raise node.error(
+            f"'chat_template' by name ({node.value!r:.40}) is not supported; give the template itself, or 'auto'"
+        )
+    return node.value
 
 
 def _settings(node: Node) -> dict[str, Setting]:

@@ -1,13 +1,14 @@
 """Recipes: merges written down in a file.
 
 A `Recipe` is a method with the places of base and experts, whichever form it was written in. Reading one opens no
-checkpoint; running one is a call of `merge_checkpoint`.
+checkpoint; running one is a call of `merge_checkpoint`, or, where layers are taken from here and there or vocabularies
+differ, of what `jaxmerge.cli.assembly` makes of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxmerge.errors import RecipeError
@@ -16,6 +17,42 @@ from jaxmerge.streaming.merge_checkpoint import DEFAULT_BUDGET, merge_checkpoint
 from jaxmerge.streaming.plan import Plan
 from jaxmerge.streaming.report import StreamReport
 from jaxmerge.trees.info import Rules
+from jaxmerge.trees.vocabulary import TokenRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Some layers of the output, and what they are merged from. Slices follow each other in the output.
+
+    The first slice also holds what comes before the layers (embeddings), the last one all else outside of them.
+
+    Attributes:
+        method: the method.
+        layers: path of each model that takes part → `(start, stop)` of its layers, as many in each; None for all layers
+            and everything outside of them.
+        base: path of the base, which is one of them, or None.
+    """
+
+    method: Method
+    layers: Mapping[str, tuple[int, int] | None]
+    base: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSection:
+    """The vocabulary of the output, when those of the models differ.
+
+    Attributes:
+        source: "union", "base" or the path of the model whose tokenizer is taken.
+        tokens: rules for the rows of single tokens; models are named by path. Unknown tokens are added.
+        pad_to_multiple_of: the number of rows is rounded up to a multiple of this.
+        base: path of the model whose rows come first where a model lacks a token; a slice's base comes before it.
+    """
+
+    source: str = "union"
+    tokens: Mapping[str, TokenRule] = dataclasses.field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
+    base: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +61,17 @@ class Recipe:
 
     Attributes:
         source: where the recipe was read from, for messages.
-        method: the method.
-        experts: name → path or URL of a checkpoint. Relative paths start at the current folder.
+        method: the method; with slices, that of the first.
+        experts: name → path or URL of a checkpoint. Relative paths start at the current folder. With slices these are
+            all models, the base too.
         base: path or URL of the base, or None.
         seed: seed of the key for methods that draw.
         dtype: floating-point dtype of the result, which lets the inputs have different ones: they are merged in
             float32 at least, and rounded once. None: that of the inputs.
         rules: how tensor names are read.
+        slices: what the layers of the output are merged from; empty for all layers of all models at once.
+        tokenizer: the vocabulary of the output; None where all models have the same.
+        chat_template: a template that the output's tokenizer gets, or "auto" for the most frequent one of the models'.
     """
 
     source: str
@@ -40,6 +81,9 @@ class Recipe:
     seed: int = 0
     dtype: str | None = None
     rules: Rules = Rules()
+    slices: tuple[Slice, ...] = ()
+    tokenizer: TokenizerSection | None = None
+    chat_template: str | None = None
 
     def run(
         self,
@@ -63,6 +107,10 @@ class Recipe:
         Raises:
             MergeError: as `merge_checkpoint` does; `out` is then as it was.
         """
+        if self._is_assembled:
+            from jaxmerge.cli.assembly import assemble_to
+
+            return assemble_to(self, out, memory_budget=memory_budget, overwrite=overwrite, progress=progress)
         return merge_checkpoint(
             self.method,
             self.experts,
@@ -88,6 +136,10 @@ class Recipe:
         Raises:
             MergeError: as `run` does.
         """
+        if self._is_assembled:
+            from jaxmerge.cli.assembly import plan_assembly
+
+            return plan_assembly(self, memory_budget=memory_budget)
         return plan_merge(
             self.method,
             self.experts,
@@ -97,6 +149,10 @@ class Recipe:
             dtype=self.dtype,
             memory_budget=memory_budget,
         )
+
+    @property
+    def _is_assembled(self) -> bool:
+        return bool(self.slices) or self.tokenizer is not None or self.chat_template is not None
 
 
 def name_models(paths: Sequence[str]) -> dict[str, str]:

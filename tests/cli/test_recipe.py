@@ -133,6 +133,9 @@ words = st.sampled_from(
             "tensors",
             "layer",
             "stacked",
+            "tokenizer",
+            "sources",
+            "layer_range",
         ),
         *(*FORMS, *PARAMETERS, *list_methods(), "*", ".*", "mlp", "bfloat16", "slices", "(", "[[a]", "a{9999999999}"),
     ]
@@ -173,6 +176,44 @@ mergekit = st.fixed_dictionaries(
     },
     optional={"dtype": st.sampled_from(["bfloat16", "half"])},
 )
+numbers = st.one_of(st.integers(-1, 4), st.just(10**400), st.floats())
+sources = st.fixed_dictionaries(
+    {
+        "model": st.sampled_from("abc"),
+        "layer_range": st.one_of(st.just([0, 2]), st.just([1, 3]), st.lists(numbers, max_size=3)),
+    },
+    optional={"parameters": st.dictionaries(st.sampled_from(["weight", "density", "scale"]), most_settings)},
+)
+rules = st.fixed_dictionaries(
+    {},
+    optional={
+        "source": st.one_of(
+            st.sampled_from("abcz"),
+            st.fixed_dictionaries(
+                {"kind": st.sampled_from(["zero", "model_token", "x"])},
+                optional={"model": st.sampled_from("az"), "token": scalars, "token_id": numbers},
+            ),
+        ),
+        "force": scalars,
+    },
+)
+sliced = st.fixed_dictionaries(
+    {
+        "merge_method": st.sampled_from(list(FORMS)),
+        "base_model": st.sampled_from("abc"),
+        "parameters": st.dictionaries(st.sampled_from(PARAMETERS), most_settings, max_size=4),
+        "slices": st.lists(st.fixed_dictionaries({"sources": st.lists(sources, min_size=1, max_size=3)}), max_size=3),
+        "tokenizer": st.fixed_dictionaries(
+            {},
+            optional={
+                "source": st.sampled_from(["union", "base", "a", "z"]),
+                "tokens": st.dictionaries(st.sampled_from("tu"), st.one_of(rules, rules, data)),
+                "pad_to_multiple_of": numbers,
+            },
+        ),
+    },
+    optional={"chat_template": st.sampled_from(["auto", "{{ x }}", "chatml"]), "out_dtype": words},
+)
 
 
 def check_recipe_or_error(text: str) -> None:
@@ -192,7 +233,7 @@ def test_any_text(text):
 
 
 @pytest.mark.filterwarnings("ignore:Possible :FutureWarning")
-@given(st.one_of(own, mergekit), st.randoms())
+@given(st.one_of(own, mergekit, sliced), st.randoms())
 def test_almost_recipes(entries, random):
     lines = yaml.safe_dump(entries, allow_unicode=True).split("\n")
     check_recipe_or_error("\n".join(lines))

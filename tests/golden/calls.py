@@ -22,6 +22,7 @@ import jaxmerge as jm
 from jaxmerge.methods.stages import Chain
 from jaxmerge.trees.info import tensor_infos
 from jaxmerge.trees.lazy import ArrayTensor
+from tests.golden import omp_calls
 from tests.golden.golden_set import Case, Tensors
 
 SEED = 20240229
@@ -216,7 +217,9 @@ class MergedTaskVector:
         return {"merged_tv": np.concatenate([merged[n].ravel() for n in self.order])} if self.order else merged
 
 
-Call = Merge | Pruned | KeepProbability | Draws | OfTaskVector | Masks | Flattened | MergedTaskVector
+Call = (
+    Merge | Pruned | KeepProbability | Draws | OfTaskVector | Masks | Flattened | MergedTaskVector | omp_calls.Pursuit
+)
 
 
 def on_device(tree: Any) -> Any:
@@ -548,6 +551,7 @@ ROWS: dict[tuple[str, str, str], Callable[..., Call]] = {
     ("tall_emr", "harveyhuang18/EMR_Merging", r"main_emr_merging\.py: emr_merge"): emr,
     ("tall_emr", "harveyhuang18/EMR_Merging", r"main_emr_30_vits\.py: emr_merge \(flat\)"): emr_flat,
     ("lines", "wang-kee/LiNeS", r"src/eval/eval\.py: LiNeS_scaling"): lines,
+    **omp_calls.ROWS,
 }
 
 NOT_IMPLEMENTED: frozenset[Any] = frozenset(
@@ -560,7 +564,6 @@ NOT_IMPLEMENTED: frozenset[Any] = frozenset(
         "enchtable",
         ("lora", FUSION_BENCH),  # KnOTS
         ("lora", "gstoica27/KnOTS"),
-        "omp",
         "peft",
         "spectral",
         "wudi",
