@@ -166,6 +166,8 @@ class SlicedTensor(LazyTensor):
         return self.source.read(tuple(of_source)).reshape(shape)
 
     def read_flat(self, start: int, out: np.ndarray) -> None:
+        if out.size == 0:
+            return
         # A run of whole rows (one layer of a stack, say) is a run of the source too.
         whole = [n == piece.stop - piece.start for n, piece in zip(self.source.shape, self.box, strict=True)]
         cut = whole.index(False) if False in whole else 0

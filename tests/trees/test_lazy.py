@@ -89,6 +89,10 @@ def test_any_view_reads_flat_runs(view, data):
     assert_equal(out, array.reshape(-1)[start:stop])
 
 
+def test_a_slice_of_nothing_reads_nothing():
+    ArrayTensor(np.zeros((0, 3), np.float32)).window(slice(0, 0)).read_flat(0, np.empty(0, np.float32))
+
+
 @MANY
 @given(shape=st.lists(st.integers(0, 4), max_size=4).map(tuple), data=st.data())
 def test_covering_boxes_cover_exactly_in_order(shape, data):
