@@ -53,9 +53,35 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("recipe", metavar="RECIPE", help="YAML file, in our form or in mergekit's")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to write; it appears when it is complete")
     merge.add_argument("--memory-budget", metavar="SIZE", help="memory for the work, such as 1GiB")
+    _add_io_options(merge)
+    merge.add_argument("--plan", metavar="FILE.json", help="an access plan, instead of --io-budget")
     merge.add_argument("--seed", metavar="N", type=int, help="seed for methods that draw (the recipe's, or 0)")
     merge.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     merge.add_argument("--dry-run", action="store_true", help="check recipe and checkpoints, merge nothing")
+
+    plan = _command(commands, _plan, "plan", "show what a merge within an I/O budget would read, and its error bound")
+    plan.add_argument("recipe", metavar="RECIPE", help="YAML file, in our form or in mergekit's")
+    _add_io_options(plan)
+    plan.add_argument("--save", metavar="FILE.json", help="write the plan to a file")
+    plan.add_argument("--explain", metavar=("EXPERT", "TENSOR", "BLOCK"), nargs=3, help="why a block is read, or not")
+
+    catalog = _command(commands, None, "catalog", "keep statistics of models, so that merges can be planned")
+    actions = catalog.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for name, text in (
+        ("add", "gather statistics of experts, relative to their base"),
+        ("list", "list the models, and whether they are as they were"),
+        ("verify", "check the catalog and its models; exit code 1 if any is missing or has changed"),
+        ("gc", "forget models that are missing or have changed"),
+    ):
+        action = _command(actions, _catalog, name, text)
+        action.set_defaults(action=name)
+        action.add_argument("catalog", metavar="CATALOG", help="file; it is made if it does not exist")
+        if name == "add":
+            action.add_argument("base", metavar="BASE", help="folder, file or URL")
+            action.add_argument("experts", metavar="EXPERT", nargs="+", help="folders, files or URLs")
+            action.add_argument("--block", metavar="SIZE", help="size of a block, such as 1MiB")
+        if name == "list":
+            action.add_argument("--json", action="store_true", help="print JSON")
 
     inspect = _command(commands, _inspect, "inspect", "list the tensors of a checkpoint")
     inspect.add_argument("checkpoint", metavar="CKPT", help="folder, file or URL")
@@ -79,6 +105,12 @@ def _command(commands: Any, run: Any, name: str, text: str) -> argparse.Argument
     return parser
 
 
+def _add_io_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--io-budget", metavar="SIZE", help="what may be read from the experts, such as 2GiB or 10%%")
+    parser.add_argument("--catalog", metavar="FILE", help="catalog with statistics; without one they are gathered")
+    parser.add_argument("--policy", choices=["greedy_value", "uniform_hash", "full"], help="how blocks are chosen")
+
+
 def _merge(options: argparse.Namespace) -> None:
     from jaxmerge.cli.recipe import load_recipe
     from jaxmerge.streaming.sizes import format_bytes
@@ -87,6 +119,11 @@ def _merge(options: argparse.Namespace) -> None:
     if options.seed is not None:
         recipe = dataclasses.replace(recipe, seed=options.seed)
     budget = {} if options.memory_budget is None else {"memory_budget": options.memory_budget}
+    if (options.io_budget or options.plan) is not None and not options.dry_run:
+        from jaxmerge.cli.cataloging import merge_within
+
+        print(merge_within(recipe, options.out, options.overwrite, _io_options(options) | budget, options.plan))
+        return
     if not options.dry_run:
         print(recipe.run(options.out, overwrite=options.overwrite, **budget))
         return
@@ -97,6 +134,38 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"to read: {format_bytes(plan.to_read)}")
     print(f"to write: {format_bytes(plan.to_write)}")
     print(f"memory: at most {format_bytes(plan.memory)}, beside the libraries")
+
+
+def _io_options(options: argparse.Namespace) -> dict[str, Any]:
+    given = {"io_budget": options.io_budget, "catalog": options.catalog, "policy": options.policy}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from jaxmerge.cli.cataloging import plan_within
+    from jaxmerge.cli.output import print_table
+    from jaxmerge.cli.recipe import load_recipe
+    from jaxmerge.errors import RecipeError
+
+    plan = plan_within(load_recipe(Path(options.recipe)), {"io_budget": "100%"} | _io_options(options))
+    if options.explain:
+        expert, tensor, block = options.explain
+        if not block.isdigit():
+            raise RecipeError(f"--explain needs the number of a block, not {block!r}")
+        text = plan.explain(expert, tensor, int(block))
+    if options.save:
+        plan.save(options.save)
+    if options.explain:
+        print(text)  # pyright: ignore[reportPossiblyUnboundVariable]
+    else:
+        print_table(f"plan of {options.recipe}", ("", ""), plan.rows())
+
+
+def _catalog(options: argparse.Namespace) -> None:
+    from jaxmerge.cli.cataloging import run_action
+
+    if not run_action(options):
+        sys.exit(1)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -19,16 +19,20 @@ from jaxmerge.methods.choosing import masked, partition, passthrough
 from jaxmerge.methods.compeft import compeft, ternarize
 from jaxmerge.methods.dropping import dare, dare_ties, della, della_linear, drop, magprune
 from jaxmerge.methods.emr import emr, recover
+from jaxmerge.methods.enchtable import enchtable
 from jaxmerge.methods.interpolation import nearswap, slerp
+from jaxmerge.methods.isotropic import iso_c, iso_cts
 from jaxmerge.methods.lines import lines, scale_by_depth
 from jaxmerge.methods.localization import consensus, keep_consensus, keep_needed, tall_mask
 from jaxmerge.methods.method import Granularity, Method
+from jaxmerge.methods.opcm import opcm
 from jaxmerge.methods.pcb import pcb
 from jaxmerge.methods.sce import sce
 from jaxmerge.methods.spherical import karcher, multislerp, nuslerp
 from jaxmerge.methods.stages import Stage, chain
 from jaxmerge.methods.task_arithmetic import scale, task_arithmetic, total, weigh
 from jaxmerge.methods.ties import disjoint_max, disjoint_mean, disjoint_sum, elect_sign, rescale, ties, trim
+from jaxmerge.methods.tsv import tsv_m
 from jaxmerge.methods.widen import widen
 
 _METHODS: tuple[Callable[..., Method], ...] = (
@@ -55,6 +59,11 @@ _METHODS: tuple[Callable[..., Method], ...] = (
     emr,
     compeft,
     arcee_fusion,
+    tsv_m,
+    iso_c,
+    iso_cts,
+    enchtable,
+    opcm,
     lines,
     passthrough,
     chain,

@@ -17,11 +17,15 @@ import dataclasses
 import math
 from typing import Any, Literal, TypeVar
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxmerge.methods.choosing import passthrough
 from jaxmerge.methods.coefficients import per_expert
 from jaxmerge.methods.method import Method, Value, pytree, static
+from jaxmerge.methods.sharding import explicit_sharding
 from jaxmerge.methods.task_arithmetic import task_arithmetic
 from jaxmerge.trees.info import TensorInfo
 
@@ -52,8 +56,9 @@ class Spectral(Method):
     def for_tensor(self, info: TensorInfo) -> Method:
         if is_factored(info, self.factored):
             return self
-        scale = 0.0 if self.others == "base" else self.scale
-        return task_arithmetic(scale, weights=self.weights, normalize=self.others == "mean")
+        if self.others == "base":
+            return passthrough(source="base")
+        return task_arithmetic(self.scale, weights=self.weights, normalize=self.others == "mean")
 
     def at(self: M, info: TensorInfo, experts: tuple[str, ...]) -> M:
         weights = per_expert(self.weights, info, experts, "weights")
@@ -61,9 +66,14 @@ class Spectral(Method):
         return dataclasses.replace(resolved, weights=tuple(weights))
 
     def merge_tensor(self, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]) -> Array:
-        weighted = [weight * (x - base) for weight, x in zip(self.weights, experts, strict=True)]
-        merged = self.merge_matrices([as_matrix(delta, info) for delta in weighted])
-        return base + self.scale * from_matrix(merged, info)
+        with jax.default_matmul_precision("highest"):  # accelerators would round float32 in products
+            merged = from_matrix(self.merge_matrices(self.matrices(base, experts, info)), info)
+        return base + self.scale * sharded_like(merged, base)
+
+    def matrices(self, base: Any, experts: list[Any], info: TensorInfo) -> list[Any]:
+        """The experts' weighted task vectors of one tensor, as matrices."""
+        weighted = [jnp.asarray(w, x.dtype) * (x - base) for w, x in zip(self.weights, experts, strict=True)]
+        return [as_matrix(unsharded(delta), info) for delta in weighted]
 
     def merge_matrices(self, deltas: list[Float[Array, "m n"]]) -> Float[Array, "m n"]:
         """The merged task vector of one matrix, from those of the experts."""
@@ -76,12 +86,19 @@ def is_factored(info: TensorInfo, factored: Factored) -> bool:
     return info.size > 0 and (len(info.shape) == 2 if factored == "matrices" else kernel)
 
 
+def matrix_shape(info: TensorInfo) -> tuple[int, int]:
+    """Rows and columns of a tensor as a matrix."""
+    if info.kind == "embedding" or not info.output_axes:
+        return info.shape[0], info.size // info.shape[0]
+    rows = math.prod(info.shape[axis] for axis in info.output_axes)
+    return rows, info.size // rows
+
+
 def as_matrix(x: Float[Array, "..."], info: TensorInfo) -> Float[Array, "m n"]:
     """A tensor with its output axes joined to rows and all others, in order, to columns; an embedding as it is."""
     if info.kind == "embedding" or not info.output_axes:
-        return x.reshape(x.shape[0], -1)
-    rows = math.prod(x.shape[axis] for axis in info.output_axes)
-    return jnp.transpose(x, _rows_first(info)).reshape(rows, -1)
+        return x.reshape(matrix_shape(info))
+    return jnp.transpose(x, _rows_first(info)).reshape(matrix_shape(info))
 
 
 def from_matrix(matrix: Float[Array, "m n"], info: TensorInfo) -> Float[Array, "..."]:
@@ -96,3 +113,15 @@ def from_matrix(matrix: Float[Array, "m n"], info: TensorInfo) -> Float[Array, "
 def _rows_first(info: TensorInfo) -> list[int]:
     columns = [axis for axis in range(len(info.shape)) if axis not in info.output_axes]
     return [*info.output_axes, *columns]
+
+
+def unsharded(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The array whole on every device of a mesh with explicit axes, where factorising a sharded one is an error."""
+    sharding = explicit_sharding(x)
+    return x if sharding is None else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def sharded_like(x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The array sharded as another on a mesh with explicit axes."""
+    sharding = explicit_sharding(like)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)

@@ -23,6 +23,7 @@ from jaxtyping import Num, Shaped
 from jaxmerge.checkpoints.writer import CheckpointWriter
 from jaxmerge.methods.assignment import TensorTask
 from jaxmerge.methods.lazy import Chunk, MergedTensor, Reader, empty_chunk, inputs, padded_size
+from jaxmerge.streaming.budgeted import read_beside_base
 from jaxmerge.streaming.plan import Part, Plan, merges_within
 from jaxmerge.streaming.progress import Progress
 
@@ -177,9 +178,11 @@ class _Inputs(Reader):
         return chunk
 
     def _read(self, start: int, n: int, arrays: Sequence[Shaped[np.ndarray, " n"]]) -> None:
+        base = self._task.base
         for source, array in zip(self._sources, arrays, strict=True):
             with self._worker.timed("read"):
-                source.read_flat(start, array[:n])
+                # The base is the first of them, so what an expert takes from it is here already.
+                read_beside_base(source, base, start, array[:n], arrays[0][:n] if source is not base else None)
                 array[n:] = 0
 
     def _as_chunk(self, start: int, n: int, arrays: list[Num[np.ndarray, "..."]]) -> Chunk:

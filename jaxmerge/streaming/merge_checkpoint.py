@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,14 @@ from typing import Any
 from jaxmerge.checkpoints.base import Checkpoint, open_checkpoint
 from jaxmerge.checkpoints.layout import TensorSpec
 from jaxmerge.checkpoints.writer import open_writer
-from jaxmerge.errors import ConflictError
-from jaxmerge.methods.assignment import assign
+from jaxmerge.errors import BudgetError, CheckpointError, ConflictError
+from jaxmerge.methods.assignment import Assignment, assign
 from jaxmerge.methods.lazy import as_lazy, merge_lazily
 from jaxmerge.methods.method import Method
+from jaxmerge.streaming.access import BASE, plan_job, restricted
+from jaxmerge.streaming.budget import AccessPlan
+from jaxmerge.streaming.budgeted import Scratch
+from jaxmerge.streaming.catalog import Catalog, open_catalog
 from jaxmerge.streaming.engine import stream
 from jaxmerge.streaming.plan import Plan, make_plan, merges_within
 from jaxmerge.streaming.progress import showing
@@ -51,6 +57,10 @@ def merge_checkpoint(
     rules: Rules = Rules(),
     dtype: str | None = None,
     memory_budget: int | str = DEFAULT_BUDGET,
+    io_budget: int | str | AccessPlan | None = None,
+    catalog: Catalog | str | Path | None = None,
+    policy: str = "greedy_value",
+    floors: tuple[int, int] = (0, 0),
     max_shard_bytes: int | str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -63,6 +73,10 @@ def merge_checkpoint(
     It is written to a hidden folder beside `out` and renamed when it is complete and durable: whatever happens before
     that, `out` stays as it was, and the next run clears what a killed one left.
 
+    With an I/O budget only some blocks of the experts' tensors are read, and the base stands in for the others: the
+    result is the merge of experts whose task vectors are zero there. Tensors that are not floating point are then the
+    base's, without being compared.
+
     Args:
         method: what to do, such as `jm.ties(density=0.2)`.
         experts: a list or a dict by name of checkpoints: paths or URLs, opened checkpoints, or parameter trees.
@@ -74,6 +88,14 @@ def merge_checkpoint(
         dtype: floating-point dtype of the result, which lets the inputs have different ones: they are merged in float32
             at least, and rounded once. None: that of the inputs.
         memory_budget: bytes (or text such as "1GiB") that the work may take beside Python and its libraries.
+        io_budget: bytes that may be fetched from all experts together: a number, text such as "2GiB", or a share of
+            what they hold, such as "10%"; or a plan made by `plan_merge`. It needs a base. Statistics that the catalog
+            lacks are gathered first, which reads everything once. A method that measures keeps fetched blocks in a
+            temporary file beside `out`.
+        catalog: a catalog or its path; None gathers statistics for this call alone.
+        policy: how blocks are chosen: `"greedy_value"` reads where the most is to be gained per byte, `"uniform_hash"`
+            by a hash of the blocks' names, `"full"` everything.
+        floors: how many blocks of each expert, and of each tensor, are chosen before all others.
         max_shard_bytes: size of the files that a safetensors folder is split into; 5 GiB by default.
         overwrite: replace what stands at `out`, when the merge is complete.
         allow_nonfinite: let NaN and infinity in the inputs pass.
@@ -87,14 +109,30 @@ def merge_checkpoint(
         StructureError, ShapeError, DTypeError: experts and base differ.
         NonFiniteError: NaN or infinity in an input.
         RecipeError: the method does not fit these experts, or lacks a base, a key or a value for some tensor.
-        BudgetError: a tensor needs more memory than the budget; the message tells which and how much.
+        BudgetError: a tensor needs more memory than the budget, the message tells which and how much; or the I/O budget
+            cannot be kept.
         ConflictError: `out` exists, is an input, or is being written by somebody else.
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as opened:
-        sources, reference, merged = _opened(opened, method, experts, base, key, rules, dtype, allow_nonfinite)
-        opening = time.perf_counter() - started
-        report = save_lazily(
+        sources, reference, job = _opened(opened, method, experts, base, key, rules, dtype)
+        opening, seconds = time.perf_counter() - started, {}
+        access, analysed, known = None, {}, None
+        if io_budget is None:
+            merged = merge_lazily(job, allow_nonfinite)
+        else:
+            _check_conflict(Path(out), sources)  # before everything is read for statistics
+            if os.path.lexists(out) and not overwrite:
+                raise ConflictError(f"{out} exists already; remove it, choose another name or pass overwrite=True")
+            known = _catalog(opened, catalog)
+            access, analysed = plan_job(job, sources, known, io_budget, policy, floors, progress)
+            scratch = Scratch(Path(out).absolute().parent)
+            opened.callback(scratch.close)
+            merged = merge_lazily(restricted(job, access, scratch), allow_nonfinite)
+            seconds = {"choose": time.perf_counter() - started - opening}
+        if dtype is not None:
+            merged = cast(merged, dtype)
+        report = _saved(
             merged,
             out,
             format=format,
@@ -105,8 +143,17 @@ def merge_checkpoint(
             overwrite=overwrite,
             progress=progress,
             sources=sources,
+            access=access,
         )
-    return dataclasses.replace(report, seconds={"open": opening, **report.seconds})
+        seconds = {"open": opening, **seconds, **report.seconds}
+        report = dataclasses.replace(report, seconds=seconds, io_plan=access, bytes_analysed=analysed)
+        if access is not None and known is not None:
+            total = sum(seconds.values())
+            try:
+                known.record_run(access, report.path, repr(method), sources, report.bytes_read, total)
+            except CheckpointError as error:  # the merge itself is complete
+                warnings.warn(f"{report.path} was merged, but the catalog does not tell: {error}", stacklevel=2)
+    return report
 
 
 def plan_merge(
@@ -118,8 +165,14 @@ def plan_merge(
     rules: Rules = Rules(),
     dtype: str | None = None,
     memory_budget: int | str = DEFAULT_BUDGET,
+    io_budget: int | str | AccessPlan | None = None,
+    catalog: Catalog | str | Path | None = None,
+    policy: str = "greedy_value",
+    floors: tuple[int, int] = (0, 0),
 ) -> Plan:
     """Checks a merge of checkpoints as `merge_checkpoint` does, and plans it. No tensor is read, nothing is written.
+
+    With an I/O budget, statistics that the catalog lacks are gathered first, which does read.
 
     Args:
         method: what to do.
@@ -129,16 +182,31 @@ def plan_merge(
         rules: how tensor names are read.
         dtype: floating-point dtype of the result.
         memory_budget: bytes, or text such as "1GiB".
+        io_budget: as for `merge_checkpoint`.
+        catalog: as for `merge_checkpoint`.
+        policy: as for `merge_checkpoint`.
+        floors: as for `merge_checkpoint`.
 
     Returns:
-        What would be read, written and held in memory.
+        What would be read, written and held in memory; with an I/O budget, `io_plan` tells which blocks.
 
     Raises:
         MergeError: as `merge_checkpoint` does before it reads a weight.
     """
     with contextlib.ExitStack() as opened:
-        sources, _, merged = _opened(opened, method, experts, base, key, rules, dtype, allow_nonfinite=True)
-        return make_plan(_stored_once(merged, sources)[0], parse_bytes(memory_budget, "memory_budget"))
+        sources, _, job = _opened(opened, method, experts, base, key, rules, dtype)
+        access = None
+        if io_budget is not None:
+            access, _ = plan_job(job, sources, _catalog(opened, catalog), io_budget, policy, floors)
+            job = restricted(job, access, Scratch(Path.cwd()))  # to which nothing is written
+        merged = merge_lazily(job, allow_nonfinite=True)
+        merged = merged if dtype is None else cast(merged, dtype)
+        plan = make_plan(_stored_once(merged, sources)[0], parse_bytes(memory_budget, "memory_budget"))
+        return dataclasses.replace(plan, io_plan=access)
+
+
+def _catalog(opened: contextlib.ExitStack, catalog: Catalog | str | Path | None) -> Catalog:
+    return catalog if isinstance(catalog, Catalog) else opened.enter_context(open_catalog(catalog))
 
 
 def _opened(
@@ -149,9 +217,8 @@ def _opened(
     key: Any,
     rules: Rules,
     dtype: str | None,
-    allow_nonfinite: bool,
-) -> tuple[dict[str, Checkpoint], Checkpoint | None, Params]:
-    """The checkpoints by name, the one that gives metadata and side files, and the merged parameters, lazily."""
+) -> tuple[dict[str, Checkpoint], Checkpoint | None, Assignment]:
+    """The checkpoints by name, the one that gives metadata and side files, and the merge."""
     sources: dict[str, Checkpoint] = {}
 
     def params_of(name: str, source: Source) -> Params:
@@ -162,14 +229,13 @@ def _opened(
             return source.params
         return source
 
-    base_params = None if base is None else params_of("the base", base)
+    base_params = None if base is None else params_of(BASE, base)
     trees = {name: params_of(name, source) for name, source in name_experts(experts).items()}
     if dtype is not None and _other_dtypes((base_params, *trees.values()), dtype):
         wide = "float64" if dtype == "float64" else "float32"
         base_params, trees = cast(base_params, wide), {name: cast(tree, wide) for name, tree in trees.items()}
-    merged = merge_lazily(assign(method, trees, base_params, key, rules), allow_nonfinite)
-    reference = sources.get(next(iter(trees)) if base is None else "the base")
-    return sources, reference, merged if dtype is None else cast(merged, dtype)
+    reference = sources.get(next(iter(trees)) if base is None else BASE)
+    return sources, reference, assign(method, trees, base_params, key, rules)
 
 
 def _other_dtypes(trees: Sequence[Params], dtype: str) -> bool:
@@ -230,8 +296,36 @@ def save_lazily(
         ConflictError: `out` exists, is one of the sources, or is being written by somebody else.
         NonFiniteError: a merged tensor has NaN or infinity in an input.
     """
+    return _saved(
+        params,
+        out,
+        format=format,
+        metadata=metadata,
+        side_files=side_files,
+        memory_budget=memory_budget,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+        sources=sources or {},
+    )
+
+
+def _saved(
+    params: Params,
+    out: str | Path,
+    *,
+    format: str | None,
+    metadata: Mapping[str, str] | None,
+    side_files: Mapping[str, Path | bytes] | None,
+    memory_budget: int | str,
+    max_shard_bytes: int | str | None,
+    overwrite: bool,
+    progress: bool | None,
+    sources: Mapping[str, Checkpoint],
+    access: AccessPlan | None = None,
+) -> StreamReport:
+    """Does what `save_lazily` does; the output is not published if more was read than an access plan says."""
     started = time.perf_counter()
-    sources = sources or {}
     _check_conflict(Path(out), sources)
     tensors, aliases = _stored_once(params, sources)
     if max_shard_bytes is None and _is_hugging_face(out, format):
@@ -256,12 +350,15 @@ def save_lazily(
             planned = time.perf_counter()
             worker_seconds = stream(plan, writer, display)
             streamed = time.perf_counter()
+            read = {name: source.bytes_read - already_read[name] for name, source in sources.items()}
+            if access is not None:
+                _check_fetched(access, sources, read)
         published = time.perf_counter()
     return StreamReport(
         path=writer.path,
         tensors=len(tensors),
         merged=len({part.name for part in (*plan.shared, *plan.alone) if merges_within(part.leaf)}),
-        bytes_read={name: source.bytes_read - already_read[name] for name, source in sources.items()},
+        bytes_read=read,
         bytes_written=plan.to_write,
         seconds={"plan": planned - started, "stream": streamed - planned, "publish": published - streamed},
         worker_seconds=worker_seconds,
@@ -269,6 +366,19 @@ def save_lazily(
         memory_planned=plan.memory,
         memory_peak=peak_memory(),
     )
+
+
+def _check_fetched(plan: AccessPlan, sources: Mapping[str, Checkpoint], read: Mapping[str, int]) -> None:
+    """Checks that no more was fetched than planned. What is opened under several names is counted together."""
+    for name, source in sources.items():
+        together = [other for other in sources if sources[other] is source]
+        planned = sum(plan.planned.get(other, 0) for other in together)
+        if BASE not in together and read[name] > planned:
+            raise BudgetError(
+                f"expert {name!r}: {read[name]} bytes were fetched from {source.path}, and {planned} were planned; "
+                "nothing was written. Its files are not read as they are laid out: save it again as safetensors, and "
+                "report this"
+            )
 
 
 def _stored_once(params: Params, sources: Mapping[str, Checkpoint]) -> tuple[dict[str, LazyTensor], dict[str, str]]:

@@ -15,8 +15,10 @@ import numpy as np
 
 from jaxmerge.errors import BudgetError
 from jaxmerge.methods.lazy import CHUNK, MergedTensor, padded_size
+from jaxmerge.streaming.budget import AccessPlan
+from jaxmerge.streaming.budgeted import BudgetedTensor, bytes_to_fetch
 from jaxmerge.streaming.sizes import format_bytes
-from jaxmerge.trees.lazy import ArrayTensor, CastTensor, LazyTensor, StackedTensor
+from jaxmerge.trees.lazy import ArrayTensor, CastTensor, LazyTensor, SlicedTensor, StackedTensor
 
 _SMALLEST_CHUNK = 1 << 14
 _MOST_WORKERS = 8
@@ -59,6 +61,7 @@ class Plan:
         memory: bytes needed at most, beside the libraries.
         to_read: bytes of tensors that are to be read from checkpoints, if each measurement takes one pass.
         to_write: bytes of tensors that are to be written.
+        io_plan: the blocks that are to be read from the experts within an I/O budget; None without one.
     """
 
     shared: Sequence[Part]
@@ -68,6 +71,7 @@ class Plan:
     memory: int
     to_read: int
     to_write: int
+    io_plan: AccessPlan | None = None
 
 
 def make_plan(tensors: Mapping[str, LazyTensor], budget: int) -> Plan:
@@ -183,6 +187,8 @@ def _reading(leaf: LazyTensor, n: int) -> int:
     """Bytes that reading a run of n entries needs beside the run itself."""
     if isinstance(leaf, MergedTensor):
         return _memory(leaf, CHUNK, keep=leaf.task.method.whole_tensor)
+    if isinstance(leaf, BudgetedTensor):
+        return leaf.scratch_bytes + max(_reading(leaf.expert, n), _reading(leaf.base, n))
     return max((2 * n * source.dtype.itemsize + _reading(source, n) for source in _sources(leaf)), default=0)
 
 
@@ -191,7 +197,10 @@ def _to_read(leaf: LazyTensor, keep: bool) -> int:
     if isinstance(leaf, MergedTensor):
         passes = leaf.task.method.passes
         visits = 1 + sum(scope == "model" or not keep for scope in passes)
-        return visits * sum(_to_read(source, keep=False) for source in _sources(leaf))
+        restricted = {source: bytes_to_fetch(source, visits) for source in _sources(leaf)}
+        return sum(visits * _to_read(x, keep=False) if n is None else n for x, n in restricted.items())
+    if isinstance(leaf, SlicedTensor) and not merges_within(leaf):
+        return _to_read(leaf.source, keep) * leaf.size // max(leaf.source.size, 1)
     sources = _sources(leaf)
     if sources:
         return sum(_to_read(source, keep) for source in sources)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxmerge.streaming.budget import AccessPlan
 from jaxmerge.streaming.sizes import format_bytes
 
 
@@ -23,12 +24,15 @@ class StreamReport:
         bytes_read: bytes fetched, without headers, from each checkpoint that was given by path or opened, by the
             expert's name (`"the base"` for the base). What was given as a tree is not counted.
         bytes_written: bytes of tensors written.
-        seconds: wall time by phase: `open` (and check), `plan` (and compile), `stream` (read, compute, write),
-            `publish` (make durable and rename).
+        seconds: wall time by phase: `open` (and check), `choose` (what is read within an I/O budget), `plan` (and
+            compile), `stream` (read, compute, write), `publish` (make durable and rename).
         worker_seconds: time of all workers together in the phase `stream`, by activity: `read`, `compute`, `write`.
         workers: number of workers.
         memory_planned: bytes that the work was planned to need at most, beside the libraries; within `memory_budget`.
         memory_peak: largest resident memory of this process since it started, libraries included, in bytes.
+        io_plan: the blocks that were read from the experts within an I/O budget; None without one. What was fetched is
+            in `bytes_read`, what was planned in `io_plan.planned`; the first is never more.
+        bytes_analysed: bytes read before that, from each checkpoint by name, for statistics that no catalog had.
     """
 
     path: Path
@@ -41,15 +45,21 @@ class StreamReport:
     workers: int
     memory_planned: int
     memory_peak: int
+    io_plan: AccessPlan | None = None
+    bytes_analysed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str]]:
         """The table: what, how much."""
         total = sum(self.seconds.values())
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.seconds.items())
         activities = ", ".join(f"{activity} {seconds:.2f}" for activity, seconds in self.worker_seconds.items())
+        analysed, plan = sum(self.bytes_analysed.values()), self.io_plan
+        planned = {} if plan is None else {name: f" ({format_bytes(n)} planned)" for name, n in plan.planned.items()}
         return [
             ("tensors", f"{self.merged} merged, {self.tensors - self.merged} copied"),
-            *((f"read from {name}", format_bytes(n)) for name, n in self.bytes_read.items()),
+            *([("read before, for statistics", format_bytes(analysed))] if analysed else []),
+            *((f"read from {name}", format_bytes(n) + planned.get(name, "")) for name, n in self.bytes_read.items()),
+            *([] if plan is None else [row for row in plan.rows() if not row[0].startswith("planned from")]),
             ("written", format_bytes(self.bytes_written)),
             ("seconds", f"{total:.2f} ({phases})"),
             (f"seconds of {self.workers} workers", activities),

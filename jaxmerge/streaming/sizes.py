@@ -26,6 +26,28 @@ def parse_bytes(size: int | str, what: str) -> int:
     return n
 
 
+def parse_share(size: int | str, total: int, what: str) -> int:
+    """A number of bytes, maybe none, or a percentage.
+
+    Args:
+        size: a number, text such as `"2GiB"`, or a share of the total such as `"10%"`.
+        total: what the percentage is of.
+        what: what it is, for the message.
+
+    Raises:
+        RecipeError: it is none of these, or negative, or more than 100 %.
+    """
+    text = str(size).strip()
+    if re.fullmatch(r"0+(\.0+)?\s*%?", text):
+        return 0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    if found is None:
+        return parse_bytes(size, what)
+    if float(found[1]) > 100:
+        raise RecipeError(f"{what} is {size!r}, expected at most 100%")
+    return int(total * float(found[1]) / 100)
+
+
 def format_bytes(n: float) -> str:
     """Four digits and a unit: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -1,6 +1,8 @@
 """The command line: what each command prints, what it writes, and how it fails."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +39,9 @@ def fails(arguments: list[str], capsys) -> str:
     return printed.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["diff", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["merge", "--help"], ["diff", "--help"], ["catalog", "add", "--help"]]
+)
 def test_help_answers_at_once_because_it_loads_nothing(arguments):
     script = f"from jaxmerge.__main__ import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass"
     text, loaded = run_and_list_packages(script)
@@ -84,6 +88,54 @@ def test_dry_run_tells_and_writes_nothing(folder, capsys):
     printed = capsys.readouterr().out
     assert "trim(density=0.5)" in printed and "maths: a" in printed and "to write: 320 B" in printed
     assert not (folder / "out").exists()
+
+
+def test_catalog_then_plan_then_merge_within_a_budget(folder, capsys):
+    main(["catalog", "add", "my.catalog", "base", "a", "b", "--block", "64"])
+    assert [line.split()[1:4:2] for line in capsys.readouterr().out.splitlines() if " B " in line] == [
+        ["the", "│"],
+        ["a", "320"],
+        ["b", "320"],
+    ]
+    io = ["--io-budget", "50%", "--catalog", "my.catalog"]
+    main(["plan", "recipe.yml", *io, "--save", "plan.json"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "320 B, of 640 B in all experts" in printed and "value kept" in printed and "no bound is known" in printed
+    main(["plan", "recipe.yml", *io, "--explain", "maths", "embed", "1"])
+    assert re.match(r"block 1 of embed from maths: (read|left out); it is number \d of 5", capsys.readouterr().out)
+    main(["merge", "recipe.yml", "--out", "out", *io])
+    printed = capsys.readouterr().out
+    assert re.search(r"read from maths +│ 128 B \(128 B planned\)", printed)
+    assert json.loads((folder / "plan.json").read_text())["digest"][:16] in printed
+    main(["merge", "recipe.yml", "--out", "planned", "--plan", "plan.json", "--catalog", "my.catalog"])
+    assert (folder / "planned/model.safetensors").read_bytes() == (folder / "out/model.safetensors").read_bytes()
+    main(["merge", "recipe.yml", "--out", "none", "--io-budget", "0", "--policy", "uniform_hash"])
+    for name, value in jm.open_checkpoint("none").load().items():
+        np.testing.assert_array_equal(value, jm.open_checkpoint("base").load()[name])
+
+
+def test_plan_of_a_sum_tells_the_bound(folder, capsys):
+    (folder / "sum.yml").write_text("method: task_arithmetic\nbase: base\nexperts: [a, b]\n")
+    main(["plan", "sum.yml", "--io-budget", "100%"])
+    assert re.search(r"error, at most +│ 0, 0.00% of the merged task vector", capsys.readouterr().out)
+
+
+def test_catalog_lists_verifies_and_forgets(folder, capsys):
+    main(["catalog", "add", "my.catalog", "base", "a", "b"])
+    main(["catalog", "verify", "my.catalog"])
+    assert "3 models are as they were, 0 are not" in capsys.readouterr().out
+    shutil.rmtree(folder / "a")
+    (folder / "b" / "model.safetensors").touch()
+    main(["catalog", "list", "my.catalog"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if str(folder) in line]
+    assert [line.split("│")[2].strip() for line in lines] == ["missing", "changed", "fresh"]
+    with pytest.raises(SystemExit) as exit:
+        main(["catalog", "verify", "my.catalog"])
+    assert exit.value.code == 1 and f"{folder / 'a'}: missing" in capsys.readouterr().out
+    main(["catalog", "gc", "my.catalog"])
+    assert capsys.readouterr().out == "2 models forgotten\n"
+    main(["catalog", "list", "my.catalog", "--json"])
+    assert [entry["path"] for entry in json.loads(capsys.readouterr().out)] == [str(folder / "base")]
 
 
 def test_inspect_lists_tensors_in_natural_order(folder, capsys):
@@ -150,6 +202,14 @@ def test_methods_lists_and_explains(folder, capsys):
         (["merge", "lost.yml", "--out", "out"], "there is no checkpoint at"),
         (["merge", "recipe.yml", "--out", "base"], "base holds, or is part of, the input"),
         (["merge", "recipe.yml", "--out", "out", "--memory-budget", "much"], "memory_budget is 'much'"),
+        (["merge", "recipe.yml", "--out", "out", "--io-budget", "much"], "io_budget is 'much'"),
+        (["plan", "no-base.yml", "--io-budget", "10%"], "an I/O budget needs a base"),
+        (["plan", "slices.yml", "--io-budget", "10%"], "cannot be merged within an I/O budget"),
+        (["plan", "recipe.yml", "--explain", "maths", "embed", "x"], "--explain needs the number of a block"),
+        (["plan", "recipe.yml", "--explain", "maths", "nothing", "0"], "has no tensor 'nothing'"),
+        (["plan", "recipe.yml", "--save", "no/such/folder/plan.json"], "the plan cannot be written"),
+        (["catalog", "list", "nothing"], "there is no catalog nothing"),
+        (["catalog", "list", "recipe.yml"], "recipe.yml is no catalog"),
         (["inspect", "nothing"], "there is no checkpoint at"),
         (["inspect", "recipe.yml"], "recipe.yml"),
         (["diff", "base", "nothing"], "there is no checkpoint at"),
@@ -163,6 +223,9 @@ def test_methods_lists_and_explains(folder, capsys):
 def test_errors_are_one_line_and_leave_everything_as_it_was(folder, capsys, arguments, message):
     (folder / "wrong.yml").write_text("method: ties\nparameters: {densty: 0.5}\nbase: base\nexperts: [a]\n")
     (folder / "lost.yml").write_text("method: linear\nexperts: [a, c]\n")
+    (folder / "no-base.yml").write_text("method: linear\nexperts: [a, b]\n")
+    slice = "sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]"
+    (folder / "slices.yml").write_text(f"merge_method: linear\nslices: [{{{slice}}}]\nparameters: {{weight: 1}}\n")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert message in fails(arguments, capsys)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -4,7 +4,7 @@ A row is (family, implementation, pattern of the call) → a function of the rec
 defaults, that gives a `Call` of ours. Nothing here looks at the name of a case. A parameter or a value that a function
 does not know is an error, never ignored: a new family, reference or parameter needs a row, a name or a value here.
 
-A new family moves from `NOT_IMPLEMENTED` to `ROWS`, with its files in `data/`.
+Families with calls of another kind have their rows in files of their own; `table` joins them.
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ import jaxmerge as jm
 from jaxmerge.methods.stages import Chain
 from jaxmerge.trees.info import tensor_infos
 from jaxmerge.trees.lazy import ArrayTensor
-from tests.golden import omp_calls
 from tests.golden.golden_set import Case, Tensors
 
 SEED = 20240229
@@ -217,9 +216,7 @@ class MergedTaskVector:
         return {"merged_tv": np.concatenate([merged[n].ravel() for n in self.order])} if self.order else merged
 
 
-Call = (
-    Merge | Pruned | KeepProbability | Draws | OfTaskVector | Masks | Flattened | MergedTaskVector | omp_calls.Pursuit
-)
+Call = Merge | Pruned | KeepProbability | Draws | OfTaskVector | Masks | Flattened | MergedTaskVector
 
 
 def on_device(tree: Any) -> Any:
@@ -551,43 +548,6 @@ ROWS: dict[tuple[str, str, str], Callable[..., Call]] = {
     ("tall_emr", "harveyhuang18/EMR_Merging", r"main_emr_merging\.py: emr_merge"): emr,
     ("tall_emr", "harveyhuang18/EMR_Merging", r"main_emr_30_vits\.py: emr_merge \(flat\)"): emr_flat,
     ("lines", "wang-kee/LiNeS", r"src/eval/eval\.py: LiNeS_scaling"): lines,
-    **omp_calls.ROWS,
 }
 
-NOT_IMPLEMENTED: frozenset[Any] = frozenset(
-    {
-        "adamerging",
-        "alignment",
-        "continual",
-        "datadriven",
-        "doge",
-        "enchtable",
-        ("lora", FUSION_BENCH),  # KnOTS
-        ("lora", "gstoica27/KnOTS"),
-        "peft",
-        "spectral",
-        "wudi",
-    }
-)
 """Families of methods that the library does not have yet; of some families, those of one implementation."""
-
-
-def our_call(record: dict[str, Any]) -> Call:
-    """Our call for a recorded one.
-
-    Raises:
-        LookupError: no row, or more than one, fits the reference.
-        TypeError, KeyError: a parameter or a value that the row does not know.
-    """
-    reference = record["reference"]
-    rows = [
-        make
-        for (family, implementation, pattern), make in ROWS.items()
-        if (family, implementation) == (record["family"], reference["implementation"])
-        and re.fullmatch(pattern, reference["call"])
-    ]
-    if len(rows) != 1:
-        raise LookupError(
-            f"{len(rows)} rows for {record['family']}, {reference['implementation']}, {reference['call']!r}"
-        )
-    return rows[0](**{"lambda_" if name == "lambda" else name: value for name, value in record["params"].items()})

@@ -1,6 +1,6 @@
 """Reading a set of golden vectors: inputs, parameters and outputs recorded from published implementations.
 
-The set in `data/` holds the families that have a row in `calls.ROWS`. The environment variable JAXMERGE_GOLDEN names
+The set in `data/` holds the families that have a row in `table.ROWS`. The environment variable JAXMERGE_GOLDEN names
 another folder of the same format.
 """
 

@@ -14,15 +14,16 @@ import jaxmerge as jm
 from jaxmerge.methods.method import pytree
 from jaxmerge.methods.sce import Sce
 from jaxmerge.methods.stages import Chain, Stage, TaskVectors
-from tests.golden import calls
-from tests.golden.calls import Merge, our_call
+from tests.golden import calls, spectral_calls, table
+from tests.golden.calls import Merge
 from tests.golden.golden_set import GOLDEN, Case
+from tests.golden.table import our_call
 
 RECORDS = GOLDEN.index["cases"]
 COMPARED = [
     record
     for record in RECORDS
-    if not {record["family"], (record["family"], record["reference"]["implementation"])} & calls.NOT_IMPLEMENTED
+    if not {record["family"], (record["family"], record["reference"]["implementation"])} & table.NOT_IMPLEMENTED
 ]
 INTERMEDIATE = {"scale", "clamped"}
 """Outputs that a reference has computed on its way to others, which show whether it was right."""
@@ -55,7 +56,7 @@ def test_case(record):
 
 def test_every_family_has_a_row_or_is_not_implemented_yet():
     families = {record["family"] for record in RECORDS}
-    assert families <= {family for family, _, _ in calls.ROWS} | calls.NOT_IMPLEMENTED
+    assert families <= {family for family, _, _ in table.ROWS} | table.NOT_IMPLEMENTED
 
 
 # How outputs are compared
@@ -284,6 +285,8 @@ DECLINED = [
         check_first_number_counts,
     ),
 ]
+
+DECLINED += [Declined(*row) for row in spectral_calls.DECLINED]
 
 
 def declined_for(case: Case, name: str) -> Declined | None:

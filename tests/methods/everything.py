@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 import jaxmerge as jm
-from tests.methods import reference, reference_spherical, reference_task_vectors
+from tests.methods import reference, reference_spectral, reference_spherical, reference_task_vectors
 from tests.methods.models import NAMES
 from tests.methods.reference import Model, W
 
@@ -170,6 +170,26 @@ EVERYTHING = {
     "dare_ties_trimmed": Entry(jm.dare_ties(0.4, trim_density=0.2)),
     "della": Entry(jm.della(0.5, weights=WEIGHTS), sorts=True),
     "della_linear": Entry(jm.della_linear(0.5, restore="l1", axis=0), reduces=True, sorts=True),
+    "tsv_m": Entry(
+        jm.tsv_m(0.7, weights=WEIGHTS), _bind(reference_spectral.tsv_m, scale=0.7), reduces=True, sorts=True
+    ),
+    "iso_c": Entry(
+        jm.iso_c(0.7, weights=WEIGHTS), _bind(reference_spectral.iso_c, scale=0.7), reduces=True, sorts=True
+    ),
+    "iso_cts": Entry(
+        jm.iso_cts(0.5, 0.7, weights=WEIGHTS),
+        _bind(reference_spectral.iso_cts, common=0.5, scale=0.7),
+        reduces=True,
+        sorts=True,
+    ),
+    "enchtable": Entry(
+        jm.enchtable(0.5, safety="code"),
+        _bind(reference_spectral.enchtable, beta=0.5, gain=200.0),
+        experts=2,
+        reduces=True,
+        sorts=True,
+        scales=False,
+    ),
 }
 """By name. `KEY` is what those that draw are given."""
 

@@ -52,7 +52,7 @@ def test_sharded_merge_is_the_unsharded_one(entry, mesh):
     )
     program = merge.lower(sharded_base, sharded_experts).compile()
     for merged in (eager, program(sharded_base, sharded_experts)):
-        assert_close(jax.device_get(merged), wanted, ulps=4)
+        assert_close(jax.device_get(merged), wanted, ulps=16 if entry.sorts else 4)
         for name, value in merged.items():
             assert value.sharding.is_equivalent_to(sharded_base[name].sharding, value.ndim), name
     if not entry.sorts:

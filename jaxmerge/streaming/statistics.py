@@ -1,0 +1,198 @@
+"""What is known about the blocks of a task vector: norms, largest entries, zeros and sketches, from one reading of it.
+
+A block is a run of a tensor's row-major flattened entries. Statistics are of the task vector `expert - base`, not of
+the weights: those of a fine-tuned model are nearly the base's. Differences and their squares are float64, so that
+nothing overflows or vanishes on the way; sketches are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxmerge.checkpoints.orbax import OrbaxTensor
+from jaxmerge.checkpoints.stored import StoredTensor
+from jaxmerge.checkpoints.stores import FileSource, KvSource
+from jaxmerge.errors import BudgetError, NonFiniteError
+from jaxmerge.methods.lazy import CHUNK, padded_size
+from jaxmerge.trees.checks import is_mergeable
+from jaxmerge.trees.lazy import CastTensor, LazyTensor
+
+SKETCH = 64
+"""Bins of a sketch. The cosine that two sketches give has a standard error of about 1/8 per block."""
+
+BLOCK_BYTES = 1 << 20
+"""Size of a block, unless another is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockStatistics:
+    """The blocks of one tensor of a task vector.
+
+    Attributes:
+        size: entries of the tensor.
+        block: entries per block; the last block may be shorter.
+        norms: `[B]` L2 norm of each block.
+        largest: `[B]` largest magnitude.
+        zeros: `[B]` number of entries that are zero.
+        touched: `[B]` number of entries in which expert and base differ, also where only in the sign of a zero.
+        sketches: `[B, 64]` count sketches: each entry is added, with a pseudo-random sign, to one of 64 bins. The inner
+            product of two experts' sketches is an unbiased estimate of that of their blocks.
+    """
+
+    size: int
+    block: int
+    norms: Float[np.ndarray, " B"]
+    largest: Float[np.ndarray, " B"]
+    zeros: Int[np.ndarray, " B"]
+    touched: Int[np.ndarray, " B"]
+    sketches: Float[np.ndarray, "B 64"]
+
+    def regrouped(self, block: int) -> BlockStatistics:
+        """The same for blocks of another size: a multiple of this one, or the whole tensor."""
+        if block == self.block or not len(self.norms):
+            return dataclasses.replace(self, block=block)
+        starts = np.arange(0, len(self.norms), -(-block // self.block))
+
+        def joined(values: Any, join: Any = np.add) -> Any:
+            return join.reduceat(values, starts, axis=0)
+
+        return BlockStatistics(
+            self.size,
+            block,
+            np.sqrt(joined(self.norms**2)),
+            joined(self.largest, np.maximum),
+            joined(self.zeros),
+            joined(self.touched),
+            joined(self.sketches),
+        )
+
+
+def default_block(tensor: LazyTensor, block_bytes: int) -> int:
+    """Entries per block of a stored tensor: a power of two of at most so many bytes, or what can be fetched alone."""
+    grain = smallest_read(tensor)
+    power = 1 << max(block_bytes // tensor.dtype.itemsize, 1).bit_length() - 1
+    return power if grain == 1 else min(grain * -(-power // grain), max(tensor.size, 1))
+
+
+def smallest_read(tensor: LazyTensor) -> int:
+    """How many entries are fetched when one is asked for: 1 where a tensor is stored as one run of plain entries.
+
+    For an Orbax array whose chunks are runs of rows it is such a chunk, for other arrays the whole tensor.
+
+    Raises:
+        BudgetError: the tensor is compressed as a whole, so that no part of it can be fetched alone.
+    """
+    if isinstance(tensor, CastTensor):
+        return smallest_read(tensor.source)
+    if isinstance(tensor, StoredTensor):
+        if not isinstance(tensor.source, FileSource | KvSource):
+            raise BudgetError(
+                f"{tensor.label} is compressed, so no part of it can be read alone; save the checkpoint again, "
+                "uncompressed (jm.save_checkpoint), to read it within an I/O budget"
+            )
+        return 1
+    if isinstance(tensor, OrbaxTensor) and tensor.shape and tensor._chunk[1:] == tensor.shape[1:]:
+        return math.prod(tensor._chunk)
+    return max(tensor.size, 1)
+
+
+def measure(
+    name: str, base: LazyTensor, experts: Mapping[str, LazyTensor], block: int, hashes: Mapping[str, Any]
+) -> dict[str, BlockStatistics]:
+    """Reads a tensor of a base and of experts once, in order.
+
+    Args:
+        name: the tensor's name, for messages.
+        base: the base's tensor.
+        experts: the experts' tensors by name, of the same shape; none just hashes the base's.
+        block: entries per block.
+        hashes: hashes to be fed with the entries as they are stored, by the expert's name, `""` for the base.
+
+    Returns:
+        The statistics by expert; nothing for a tensor that is not floating point, which is hashed only.
+
+    Raises:
+        NonFiniteError: NaN or infinity in one of the tensors.
+    """
+    floating = is_mergeable(base)
+    sources = {key: x for key, x in {"": base, **experts}.items() if floating or key in hashes}
+    piece = min(block, CHUNK)
+    buffers = {key: np.empty(padded_size(piece, CHUNK), x.dtype) for key, x in sources.items()}
+    count = -(-base.size // block)
+    sums = {key: np.zeros((4, count)) for key in experts}
+    sketches = {key: np.zeros((count, SKETCH), np.float32) for key in experts}
+    for b, at, n in _pieces(base.size, block, piece):
+        for key, source in sources.items():
+            source.read_flat(at, buffers[key][:n])
+            buffers[key][n:] = np.zeros((), source.dtype)
+            if key in hashes:
+                hashes[key].update(buffers[key][:n].view(np.uint8).data)
+        for key in experts if floating else ():
+            found = _measured(buffers[""], buffers[key], np.uint32(at & 0xFFFFFFFF))
+            square, largest, zeros, touched, table = (np.asarray(x) for x in found)  # waits: the memory is used again
+            if not np.isfinite(square):
+                wrong = not np.isfinite(buffers[""].astype(np.float64)).all()
+                raise NonFiniteError(
+                    f"{'the base' if wrong else f'expert {key!r}'}, tensor {name!r}: found NaN or infinity (or a "
+                    "difference too large to be squared), expected finite numbers; repair or leave out that model"
+                )
+            sums[key][:, b] += np.array([square, 0, zeros - (len(buffers[key]) - n), touched])
+            sums[key][1, b] = max(sums[key][1, b], largest)
+            sketches[key][b] += np.bincount(_BINS, table.reshape(-1), SKETCH).astype(np.float32)
+    if not floating:
+        return {}
+    return {
+        key: BlockStatistics(
+            base.size,
+            block,
+            np.sqrt(square),
+            largest,
+            zeros.astype(np.int64),
+            touched.astype(np.int64),
+            sketches[key],
+        )
+        for key, (square, largest, zeros, touched) in sums.items()
+    }
+
+
+def _pieces(size: int, block: int, piece: int) -> Iterator[tuple[int, int, int]]:
+    """Blocks in pieces: number of the block, first entry and number of entries of each piece."""
+    for b, start in enumerate(range(0, size, block)):
+        stop = min(start + block, size)
+        for at in range(start, stop, piece):
+            yield b, at, min(piece, stop - at)
+
+
+# Which bin the entry in row r and column c of a 64 x 64 table goes to. The columns of each row are shifted by another
+# amount, lest a column of a matrix, whose entries are a multiple of 64 apart, always meets the same bin.
+_SHIFTS = np.random.Generator(np.random.PCG64(0)).permutation(SKETCH)
+_BINS = ((np.arange(SKETCH)[None, :] + _SHIFTS[:, None]) % SKETCH).reshape(-1)
+
+
+@jax.jit
+def _measured(
+    base: Float[Any, " n"], expert: Float[Any, " n"], start: Any
+) -> tuple[Array, Array, Array, Array, Float[Array, "64 64"]]:
+    """Sum of squares, largest magnitude, zeros and touched entries of a run of a task vector, and a table of sums."""
+    x, y = expert.astype(jnp.float64), base.astype(jnp.float64)
+    delta = x - y
+    word = jax.lax.iota(jnp.uint32, delta.size) + start
+    for factor in (0x7FEB352D, 0x846CA68B):  # a hash of the position, whose highest bit is the sign
+        word = (word ^ (word >> 16)) * jnp.uint32(factor)
+    small = delta.astype(jnp.float32)
+    signed = jnp.where(word >> 31 == 1, -small, small)
+    return (
+        jnp.sum(delta * delta),
+        jnp.max(jnp.abs(delta)),
+        jnp.sum(delta == 0),
+        jnp.sum((x != y) | (jnp.signbit(x) != jnp.signbit(y))),
+        jnp.sum(signed.reshape(-1, SKETCH, SKETCH), axis=0),
+    )
