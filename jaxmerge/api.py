@@ -35,6 +35,7 @@ from jaxmerge.methods.compeft import compeft as compeft
 from jaxmerge.methods.compeft import pack_ternary as pack_ternary
 from jaxmerge.methods.compeft import ternarize as ternarize
 from jaxmerge.methods.compeft import unpack_ternary as unpack_ternary
+from jaxmerge.methods.doge import doge as doge
 from jaxmerge.methods.dropping import dare as dare
 from jaxmerge.methods.dropping import dare_ties as dare_ties
 from jaxmerge.methods.dropping import della as della
@@ -93,6 +94,10 @@ from jaxmerge.methods.tsv import LowRankTaskVector as LowRankTaskVector
 from jaxmerge.methods.tsv import compress_tsv as compress_tsv
 from jaxmerge.methods.tsv import tsv_m as tsv_m
 from jaxmerge.methods.widen import widen as widen
+from jaxmerge.methods.wudi import aswudi as aswudi
+from jaxmerge.methods.wudi import optmerge as optmerge
+from jaxmerge.methods.wudi import swudi as swudi
+from jaxmerge.methods.wudi import wudi as wudi
 from jaxmerge.streaming.averages import average_checkpoints as average_checkpoints
 from jaxmerge.streaming.budget import AccessPlan as AccessPlan
 from jaxmerge.streaming.catalog import Catalog as Catalog

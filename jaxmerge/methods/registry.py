@@ -17,6 +17,7 @@ from jaxmerge.methods.averaging import linear, model_stock
 from jaxmerge.methods.breadcrumbs import breadcrumbs, breadcrumbs_ties, keep_middle
 from jaxmerge.methods.choosing import masked, partition, passthrough
 from jaxmerge.methods.compeft import compeft, ternarize
+from jaxmerge.methods.doge import doge
 from jaxmerge.methods.dropping import dare, dare_ties, della, della_linear, drop, magprune
 from jaxmerge.methods.emr import emr, recover
 from jaxmerge.methods.enchtable import enchtable
@@ -34,6 +35,7 @@ from jaxmerge.methods.task_arithmetic import scale, task_arithmetic, total, weig
 from jaxmerge.methods.ties import disjoint_max, disjoint_mean, disjoint_sum, elect_sign, rescale, ties, trim
 from jaxmerge.methods.tsv import tsv_m
 from jaxmerge.methods.widen import widen
+from jaxmerge.methods.wudi import aswudi, optmerge, swudi, wudi
 
 _METHODS: tuple[Callable[..., Method], ...] = (
     linear,
@@ -62,6 +64,11 @@ _METHODS: tuple[Callable[..., Method], ...] = (
     tsv_m,
     iso_c,
     iso_cts,
+    wudi,
+    optmerge,
+    swudi,
+    aswudi,
+    doge,
     enchtable,
     opcm,
     lines,

@@ -20,6 +20,8 @@ from jaxmerge.trees.paths import match_rules
 Kind = Literal["kernel", "embedding", "norm", "bias", "other"]
 Layout = Literal["flax", "huggingface"]
 
+_FIRST_NUMBER = re.compile(r"(?:^|[./])(?:[^./]*_)?(\d+)(?=[./]|$)")
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
@@ -148,23 +150,41 @@ def tensor_axes(
     return (ndim - 2,), (ndim - 1,)
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor's name has the number of its layer.
+
+    Attributes:
+        layer: the number.
+        start: position of its first digit in the name.
+        stop: position after its last digit.
+        stack: the name up to the number, the same for all tensors of a stack.
+    """
+
+    layer: int
+    start: int
+    stop: int
+    stack: str
+
+
+def layer_place(name: str, pattern: str | None = None) -> Place | None:
+    """The place of the layer number in a tensor's name; None for a tensor outside any stack.
+
+    Args:
+        name: the tensor's name.
+        pattern: as `Rules.layer`.
+    """
+    hit = _FIRST_NUMBER.search(name) if pattern is None else re.search(pattern, name)
+    if hit is None:
+        return None
+    start, stop = hit.span(hit.lastindex or 0)
+    return Place(int(name[start:stop]), start, stop, name[:start])
+
+
 def _layers(names: Iterable[str], pattern: str | None) -> dict[str, tuple[int, int]]:
     """Layer number and number of layers, by name, for every tensor inside a stack of layers."""
-    found: dict[str, tuple[str, int]] = {}
-    for name in names:
-        if pattern is not None:
-            hit = re.search(pattern, name)
-            if hit:
-                found[name] = (name[: hit.start(hit.lastindex or 0)], int(hit[hit.lastindex or 0]))
-            continue
-        before = ""
-        for part in re.split(r"[./]", name):
-            hit = re.fullmatch(r"(?:(.*)_)?(\d+)", part)
-            if hit:
-                found[name] = (f"{before}/{hit[1] or ''}", int(hit[2]))
-                break
-            before += "/" + part
+    found = {name: place for name in names if (place := layer_place(name, pattern)) is not None}
     last: dict[str, int] = {}
-    for stack, layer in found.values():
-        last[stack] = max(last.get(stack, 0), layer)
-    return {name: (layer, last[stack] + 1) for name, (stack, layer) in found.items()}
+    for place in found.values():
+        last[place.stack] = max(last.get(place.stack, 0), place.layer)
+    return {name: (place.layer, last[place.stack] + 1) for name, place in found.items()}

@@ -7,8 +7,6 @@ A layer is what `Rules` says it is: by default the tensors whose name has the sa
 from __future__ import annotations
 
 import copy
-import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,45 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.errors import DTypeError, RecipeError, ShapeError, StructureError
-from jaxmerge.trees.info import Rules
+from jaxmerge.trees.info import Place, Rules, layer_place
 from jaxmerge.trees.lazy import ArrayTensor, LazyTensor, StackedTensor
 from jaxmerge.trees.paths import Params, match_rules, named_leaves
 
 Layers = tuple[int, int] | range | list[int]
 """Which layers: `(start, stop)`, or a range or list of their numbers in the order wanted."""
-
-_FIRST_NUMBER = re.compile(r"(?:^|[./])(?:[^./]*_)?(\d+)(?=[./]|$)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a tensor's name has the number of its layer.
-
-    Attributes:
-        layer: the number.
-        start: position of its first digit in the name.
-        stop: position after its last digit.
-        stack: the name up to the number, the same for all tensors of a stack.
-    """
-
-    layer: int
-    start: int
-    stop: int
-    stack: str
-
-
-def layer_place(name: str, pattern: str | None = None) -> Place | None:
-    """The place of the layer number in a tensor's name; None for a tensor outside any stack.
-
-    Args:
-        name: the tensor's name.
-        pattern: as `Rules.layer`.
-    """
-    hit = _FIRST_NUMBER.search(name) if pattern is None else re.search(pattern, name)
-    if hit is None:
-        return None
-    start, stop = hit.span(hit.lastindex or 0)
-    return Place(int(name[start:stop]), start, stop, name[:start])
 
 
 def renumbered(name: str, layer: int, pattern: str | None = None) -> str:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tests.golden import calls, continual_calls, omp_calls, spectral_calls
+from tests.golden import calls, continual_calls, interference_calls, omp_calls, spectral_calls
 from tests.golden.calls import FUSION_BENCH
 
 ROWS: dict[tuple[str, str, str], Callable[..., Any]] = (
-    calls.ROWS | omp_calls.ROWS | spectral_calls.ROWS | continual_calls.ROWS
+    calls.ROWS | omp_calls.ROWS | spectral_calls.ROWS | continual_calls.ROWS | interference_calls.ROWS
 )
 
 NOT_IMPLEMENTED: frozenset[Any] = frozenset(
@@ -19,11 +19,9 @@ NOT_IMPLEMENTED: frozenset[Any] = frozenset(
         "adamerging",
         "alignment",
         "datadriven",
-        "doge",
         ("lora", FUSION_BENCH),  # KnOTS
         ("lora", "gstoica27/KnOTS"),
         "peft",
-        "wudi",
     }
 )
 

@@ -14,7 +14,7 @@ import jaxmerge as jm
 from jaxmerge.methods.method import pytree
 from jaxmerge.methods.sce import Sce
 from jaxmerge.methods.stages import Chain, Stage, TaskVectors
-from tests.golden import calls, spectral_calls, table
+from tests.golden import calls, interference_calls, spectral_calls, table
 from tests.golden.calls import Merge
 from tests.golden.golden_set import GOLDEN, Case
 from tests.golden.table import our_call
@@ -286,7 +286,7 @@ DECLINED = [
     ),
 ]
 
-DECLINED += [Declined(*row) for row in spectral_calls.DECLINED]
+DECLINED += [Declined(*row) for row in (*spectral_calls.DECLINED, *interference_calls.DECLINED)]
 
 
 def declined_for(case: Case, name: str) -> Declined | None:

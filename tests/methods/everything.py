@@ -6,7 +6,13 @@ from collections.abc import Callable
 import pytest
 
 import jaxmerge as jm
-from tests.methods import reference, reference_spectral, reference_spherical, reference_task_vectors
+from tests.methods import (
+    reference,
+    reference_interference,
+    reference_spectral,
+    reference_spherical,
+    reference_task_vectors,
+)
 from tests.methods.models import NAMES
 from tests.methods.reference import Model, W
 
@@ -189,6 +195,20 @@ EVERYTHING = {
         reduces=True,
         sorts=True,
         scales=False,
+    ),
+    "wudi": Entry(
+        jm.wudi(0.7, weights=WEIGHTS),
+        _bind(reference_interference.of_matrices(reference_interference.wudi), scale=0.7),
+        reduces=True,
+        sorts=True,
+    ),
+    "doge": Entry(
+        jm.doge(steps=20),
+        _bind(reference_interference.doge, steps=20),
+        reduces=True,
+        sorts=True,
+        scales=False,
+        differentiates=False,
     ),
 }
 """By name. `KEY` is what those that draw are given."""

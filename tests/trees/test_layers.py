@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jaxmerge as jm
 from jaxmerge.trees.info import Rules, tensor_infos
-from jaxmerge.trees.layers import layer_place, select_layers, stack_layers
+from jaxmerge.trees.layers import select_layers, stack_layers
 from jaxmerge.trees.lazy import ArrayTensor, LazyTensor
 
 LAYERS = 4
@@ -145,17 +145,6 @@ def test_scanned_leaves(kind):
     found = (jax.jit(stacked) if kind == "traced" else stacked)(a, b)
     assert isinstance(found["blocks"]["w"], LazyTensor) == (kind in ("lazy", "mixed"))
     np.testing.assert_array_equal(np.asarray(found["blocks"]["w"]), expected)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["model.layers.12.mlp.0.w", "blocks/3/attn/kernel", "params/Block_10/Dense_0/kernel", "h.0.w", "model.norm.weight"]
-    + ["layer_norm2/scale", "a.b2c.w", "12", "x_1_2/w", "visual.layers.01.w"],
-)
-def test_layers_are_found_where_merging_finds_them(name):
-    info = tensor_infos({name: (2,)})[name]
-    place = layer_place(name)
-    assert (None if place is None else place.layer) == info.layer
 
 
 def test_pattern_says_which_stack():
