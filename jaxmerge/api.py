@@ -106,6 +106,10 @@ from jaxmerge.streaming.catalog import open_catalog as open_catalog
 from jaxmerge.streaming.greedy_soup import GreedySoup as GreedySoup
 from jaxmerge.streaming.greedy_soup import SoupTrial as SoupTrial
 from jaxmerge.streaming.greedy_soup import greedy_soup as greedy_soup
+from jaxmerge.streaming.manifest import Manifest as Manifest
+from jaxmerge.streaming.manifest import TensorFault as TensorFault
+from jaxmerge.streaming.manifest import load_manifest as load_manifest
+from jaxmerge.streaming.manifest import verify_checkpoint as verify_checkpoint
 from jaxmerge.streaming.merge_checkpoint import merge_checkpoint as merge_checkpoint
 from jaxmerge.streaming.merge_checkpoint import plan_merge as plan_merge
 from jaxmerge.streaming.merge_checkpoint import save_lazily as save_lazily

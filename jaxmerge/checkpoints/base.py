@@ -95,7 +95,7 @@ class Checkpoint:
         names = [
             name
             for name in self._store.names() or _KNOWN_SIDE_FILES
-            if not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES)
+            if name != "jaxmerge.json" and not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES)
         ]
         if isinstance(self._store, FileStore):
             return {name: self._store.folder / name for name in names}

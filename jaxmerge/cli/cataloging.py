@@ -96,9 +96,9 @@ def run_action(options: argparse.Namespace) -> bool:
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:
     """The arguments that running a recipe gives to `merge_checkpoint`, besides method and experts."""
-    if getattr(recipe, "slices", ()) or getattr(recipe, "tokenizer", None):
+    if recipe.slices or recipe.tokenizer or recipe.chat_template:
         raise RecipeError(
-            f"{recipe.source}: a recipe with slices or a tokenizer cannot be merged within an I/O budget; "
+            f"{recipe.source}: a recipe with slices, a tokenizer or a chat template cannot be merged within an I/O budget; "
             "leave the budget out"
         )
     return {"base": recipe.base, "key": recipe.seed, "rules": recipe.rules, "dtype": recipe.dtype}

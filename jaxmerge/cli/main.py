@@ -83,6 +83,21 @@ def _parser() -> argparse.ArgumentParser:
         if name == "list":
             action.add_argument("--json", action="store_true", help="print JSON")
 
+    verify = _command(
+        commands, _verify, "verify", "check that a merged folder holds what was written; exit code 1 if not"
+    )
+    verify.add_argument("folder", metavar="DIR", help="folder that a merge has written")
+
+    explain = _command(commands, _explain, "explain", "tell what a merged folder was made from")
+    explain.add_argument("folder", metavar="DIR", help="folder that a merge has written, or its jaxmerge.json")
+    explain.add_argument("--tensor", metavar="NAME", help="tell it of one tensor")
+
+    replay = _command(commands, _replay, "replay", "merge again as a manifest says; exit code 1 if the bytes differ")
+    replay.add_argument("manifest", metavar="MANIFEST", help="jaxmerge.json of a merged folder, or that folder")
+    replay.add_argument("--out", metavar="DIR", required=True, help="folder to write; it appears when it is complete")
+    replay.add_argument("--catalog", metavar="FILE", help="catalog with statistics, for merges within an I/O budget")
+    replay.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+
     inspect = _command(commands, _inspect, "inspect", "list the tensors of a checkpoint")
     inspect.add_argument("checkpoint", metavar="CKPT", help="folder, file or URL")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -119,13 +134,15 @@ def _merge(options: argparse.Namespace) -> None:
     if options.seed is not None:
         recipe = dataclasses.replace(recipe, seed=options.seed)
     budget = {} if options.memory_budget is None else {"memory_budget": options.memory_budget}
-    if (options.io_budget or options.plan) is not None and not options.dry_run:
+    if not options.dry_run:
         from jaxmerge.cli.cataloging import merge_within
 
-        print(merge_within(recipe, options.out, options.overwrite, _io_options(options) | budget, options.plan))
-        return
-    if not options.dry_run:
-        print(recipe.run(options.out, overwrite=options.overwrite, **budget))
+        if recipe._is_assembled and (options.io_budget or options.plan) is None:
+            print(recipe.run(options.out, overwrite=options.overwrite, **budget))
+        else:
+            text = Path(options.recipe).read_text(encoding="utf-8")  # is kept in the manifest
+            given = _io_options(options) | budget | {"recipe": text}
+            print(merge_within(recipe, options.out, options.overwrite, given, options.plan))
         return
     plan = recipe.plan(**budget)
     print(f"method: {recipe.method!r}")
@@ -166,6 +183,39 @@ def _catalog(options: argparse.Namespace) -> None:
 
     if not run_action(options):
         sys.exit(1)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from jaxmerge.streaming.manifest import load_manifest, verify_checkpoint
+
+    faults = verify_checkpoint(options.folder)
+    for fault in faults:
+        print(fault)
+    if faults:
+        print(f"{options.folder} is not what was written: {len(faults)} tensors differ")
+        sys.exit(1)
+    output = load_manifest(options.folder).output
+    print(f"{options.folder} is what was written: {len(output.tensors)} tensors have their hashes")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from jaxmerge.cli.auditing import explain_model, explain_tensor
+
+    if options.tensor is None:
+        explain_model(options.folder)
+    else:
+        explain_tensor(options.folder, options.tensor)
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from jaxmerge.cli.auditing import replay
+
+    report, differing = replay(options.manifest, options.out, catalog=options.catalog, overwrite=options.overwrite)
+    print(report)
+    if differing:
+        print(f"{len(differing)} tensors have other bytes than in {options.manifest}: {', '.join(differing[:5])}")
+        sys.exit(1)
+    print(f"all bytes are those of {options.manifest}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

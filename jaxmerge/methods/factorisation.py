@@ -2,7 +2,7 @@
 
 Singular vectors whose singular value is zero are arbitrary, so a method that gave them weight would not be a function
 of its input. Both factorisations here are restricted to the numerical rank: singular values of at most
-`max(m, n) * eps` times the largest are taken for zero, and the vectors that belong to them are zero too. Their
+`16 eps` times the largest are taken for zero, and the vectors that belong to them are zero too. Their
 derivatives are those for changes that keep the rank, and finite everywhere, also at the zero matrix.
 
 A polar factor is had by an SVD. Cheaper ways were measured on a CPU in float32, at 1024 x 1024 and 4096 x 1024, and not
@@ -24,6 +24,10 @@ from jaxtyping import Array, Float
 dot = functools.partial(jnp.matmul, precision="highest")
 """A matrix product in the precision of its inputs; accelerators would round float32 by default."""
 
+_NOISE = 16
+"""Singular values below so many units of rounding are noise. The usual max(m, n) units are a bound that is hardly ever
+reached: at 512 x 512 it dropped a direction that mattered (a merge was 4 % off) and that a plain SVD has right."""
+
 
 @jax.custom_jvp
 def compact_svd(
@@ -41,7 +45,7 @@ def compact_svd(
         arbitrary. Where two singular values are equal, derivatives leave out that pair.
     """
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    kept = s > max(x.shape) * jnp.finfo(x.dtype).eps * jnp.maximum(s[0], size)
+    kept = s > _NOISE * jnp.finfo(x.dtype).eps * jnp.maximum(s[0], size)
     return jnp.where(kept[None, :], u, 0), jnp.where(kept, s, 0), jnp.where(kept[:, None], vt, 0).T
 
 

@@ -77,7 +77,7 @@ def iso_c(
         factored: as for `tsv_m`.
         others: as for `tsv_m`.
 
-    Singular values up to `max(m, n) * eps` of the largest count as zero, and $\bar s$ is the mean of those above. The
+    Singular values up to `16 eps` of the largest count as zero, and $\bar s$ is the mean of those above. The
     published code gives the mean over min(m, n) to all directions, also to the arbitrary ones of a sum without full
     rank (of a few low-rank adapters, say). A report notes the `directions` kept. Source: arXiv 2502.04959.
     """

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from jaxmerge.methods.selection import kth_largest
+from jaxmerge.methods.selection import at_least, count_reaching, kth_largest
 
 Scope = Literal["tensor", "model"]
 """Whether a measurement is taken over each tensor or over all tensors that the method merges."""
@@ -84,27 +84,30 @@ def measured_here(measurement: Measurement) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class BitSearch:
-    """The state of finding order statistics by counting, one bit of the answers per round.
+    """The state of finding order statistics by counting, two bits of the answers per round.
 
-    Used where the population is spread over many programs, as a whole model is: every program counts what it holds, the
-    `next_round` adds the counts and fixes one bit.
+    Used where the population is spread over many programs, as a whole model is: every program counts what it holds, and
+    `next_round` adds the counts and fixes two bits.
 
     Attributes:
         ranks: as in `OrderStatistic`.
-        found: `[K, R]` bit patterns, right down to the bit being decided.
-        bit: that bit; 0 when all are decided.
+        found: `[K, R]` bit patterns, right down to the bits being decided.
+        shift: position of the lower of those two bits.
     """
 
     ranks: Any
     found: Any
-    bit: Any
+    shift: Any
 
-    def count(self, values: Sequence[Array]) -> UInt32[Array, "K R 2"]:
-        """How many entries reach the trial patterns, as two digits of base 2^16 whose sums cannot overflow."""
+    def count(self, values: Sequence[Array]) -> UInt32[Array, "K R 3 2"]:
+        """How many entries reach the patterns with 1, 2 and 3 in place of the bits being decided (`count_reaching`)."""
         rows = []
-        for value, trials in zip(values, self.found | self.bit, strict=True):
-            patterns = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(value), trials.dtype)
-            rows.append(jnp.stack([_digits_of(patterns >= trial) for trial in trials]))
+        for value, found in zip(values, self.found, strict=True):
+            patterns = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(value), found.dtype)
+            digits = jnp.arange(1, 4, dtype=found.dtype) << self.shift
+            thresholds = (found[:, None] + digits[None, :]).reshape(-1)
+            counts = count_reaching(patterns, [thresholds[i] for i in range(thresholds.size)])
+            rows.append(counts.reshape(found.size, 3, 2))
         return jnp.stack(rows)
 
 
@@ -115,35 +118,23 @@ jax.tree_util.register_dataclass(BitSearch)
 def begin_search(ranks: UInt32[Array, "K R 2"], dtype: Any) -> BitSearch:
     """A search among non-negative numbers of this dtype; it takes `search_rounds(dtype)` rounds."""
     word = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
-    first = jnp.ones((), word) << jnp.asarray(search_rounds(dtype) - 1, word)
-    return BitSearch(ranks, jnp.zeros(ranks.shape[:2], word), first)
+    return BitSearch(ranks, jnp.zeros(ranks.shape[:2], word), jnp.asarray(jnp.dtype(dtype).itemsize * 8 - 2, word))
 
 
 def search_rounds(dtype: Any) -> int:
-    """Number of rounds: one per bit but the sign."""
-    return jnp.dtype(dtype).itemsize * 8 - 1
+    """Number of rounds: one for every two bits."""
+    return jnp.dtype(dtype).itemsize * 4
 
 
 @jax.jit
-def next_round(search: BitSearch, counts: Sequence[UInt32[Array, "K R 2"]]) -> BitSearch:
-    """The search with one more bit fixed, given the counts of every program."""
-    high = sum((c[..., 0] for c in counts[1:]), counts[0][..., 0])
-    low = sum((c[..., 1] for c in counts[1:]), counts[0][..., 1])
-    high = high + (low >> 16)
-    high, low = high >> 16, (high << 16) | (low & 0xFFFF)  # as words, like the ranks
-    enough = (high > search.ranks[..., 0]) | ((high == search.ranks[..., 0]) & (low >= search.ranks[..., 1]))
-    return BitSearch(search.ranks, jnp.where(enough, search.found | search.bit, search.found), search.bit >> 1)
+def next_round(search: BitSearch, counts: Sequence[UInt32[Array, "K R 3 2"]]) -> BitSearch:
+    """The search with two more bits fixed, given the counts of every program."""
+    reached = at_least(sum(counts[1:], counts[0]), search.ranks[:, :, None, :])
+    digit = jnp.sum(reached, axis=-1, dtype=search.found.dtype)
+    return BitSearch(search.ranks, search.found + (digit << search.shift), search.shift - jnp.asarray(2, digit.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def search_result(search: BitSearch, dtype: Any) -> Float[Array, "K R"]:
     """The order statistics."""
     return jax.lax.bitcast_convert_type(search.found, dtype)
-
-
-def _digits_of(flags: Array) -> UInt32[Array, 2]:
-    """Number of true flags as two digits of base 2^16; rows are counted first, since one word holds 2^32."""
-    axes = tuple(range(1 if flags.size >= 2**32 else 0, flags.ndim))
-    counts = jnp.sum(flags, axis=axes, dtype=jnp.uint32)
-    high, low = jnp.sum(counts >> 16, dtype=jnp.uint32), jnp.sum(counts & 0xFFFF, dtype=jnp.uint32)
-    return jnp.stack([high + (low >> 16), low & 0xFFFF])

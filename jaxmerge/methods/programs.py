@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Num
 
 from jaxmerge.methods.measurements import BitSearch, Measurement, OrderStatistic, Scope, Total, measured_here
@@ -69,8 +70,7 @@ def merge_whole(
     merged, notes = _for_each(one, batch)(method, base, experts, info)
     if sharding is not None:
         merged = with_sharding(merged, sharding)
-    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in given])
-    return merged, finite, _summed(notes, batch)
+    return merged, finite_inputs(base, experts), _summed(notes, batch)
 
 
 @functools.partial(jax.jit, static_argnames="batch")
@@ -171,6 +171,17 @@ def widened(method: Method, base: Any, experts: list[Any]) -> tuple[Method, Any,
 
     method = jax.tree.map(lambda x: widen(jnp.asarray(x)), method)
     return method, None if base is None else widen(base), [widen(x) for x in experts]
+
+
+def finite_inputs(base: Num[Any, "..."] | None, experts: list[Num[Any, "..."]]) -> Bool[Array, " inputs"]:
+    """Whether base (if there is one) and experts are finite, in one pass over all.
+
+    A reduction for each takes XLA:CPU several times longer.
+    """
+    flags = tuple(jnp.isfinite(x) for x in (base, *experts) if x is not None)
+    axes = tuple(range(experts[0].ndim))
+    finite = lax.reduce(flags, (True,) * len(flags), lambda a, b: tuple(x & y for x, y in zip(a, b, strict=True)), axes)
+    return jnp.stack(finite)
 
 
 def _notes(

@@ -102,23 +102,34 @@ def _reached(
     patterns: list[UInt[Array, "..."]], thresholds: list[UInt[Array, ""]], rank: UInt[Array, " 2"]
 ) -> list[Bool[Array, ""]]:
     """Whether at least `rank` (as words) entries reach each threshold, in one pass over the patterns."""
+    counts = [count_reaching(pattern, thresholds) for pattern in patterns]
+    reached = at_least(sum(counts[1:], counts[0]), rank)
+    return [reached[i] for i in range(len(thresholds))]
+
+
+def count_reaching(patterns: UInt[Array, "..."], thresholds: Sequence[UInt[Array, ""]]) -> UInt[Array, "T 2"]:
+    """How many patterns reach each threshold, in one pass over them.
+
+    Returns:
+        uint32 digits of base 2^16, high and low: sums over 2^16 arrays stay below 2^32.
+    """
     zero = jnp.zeros((), jnp.uint32)
-    digits = [(zero, zero)] * len(thresholds)  # counts in base 2^16: sums of 2^16 digits stay below 2^32
-    for pattern in patterns:
-        kept_axes = 1 if pattern.size >= _COUNTABLE else 0
-        counts = lax.reduce(
-            tuple((pattern >= threshold).astype(jnp.uint32) for threshold in thresholds),
-            (zero,) * len(thresholds),
-            lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
-            tuple(range(kept_axes, pattern.ndim)),
-        )
-        digits = [
-            (high + jnp.sum(count >> 16, dtype=jnp.uint32), low + jnp.sum(count & 0xFFFF, dtype=jnp.uint32))
-            for (high, low), count in zip(digits, counts, strict=True)
-        ]
-    rank_high, rank_low = rank[0] << 16 | rank[1] >> 16, rank[1] & 0xFFFF
-    carried = [(high + (low >> 16), low & 0xFFFF) for high, low in digits]
-    return [(high > rank_high) | ((high == rank_high) & (low >= rank_low)) for high, low in carried]
+    kept_axes = 1 if patterns.size >= _COUNTABLE else 0
+    counts = lax.reduce(
+        tuple((patterns >= threshold).astype(jnp.uint32) for threshold in thresholds),
+        (zero,) * len(thresholds),
+        lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
+        tuple(range(kept_axes, patterns.ndim)),
+    )
+    digits = [[jnp.sum(count >> 16, dtype=jnp.uint32), jnp.sum(count & 0xFFFF, dtype=jnp.uint32)] for count in counts]
+    return jnp.stack([jnp.stack([high + (low >> 16), low & 0xFFFF]) for high, low in digits])
+
+
+def at_least(counts: UInt[Array, "*counts 2"], ranks: UInt[Array, "*ranks 2"]) -> Bool[Array, "*both"]:
+    """Whether counts (sums of `count_reaching`) reach ranks (as words); shapes are broadcast."""
+    high, low = counts[..., 0] + (counts[..., 1] >> 16), counts[..., 1] & 0xFFFF
+    rank_high, rank_low = ranks[..., 0] << 16 | ranks[..., 1] >> 16, ranks[..., 1] & 0xFFFF
+    return (high > rank_high) | ((high == rank_high) & (low >= rank_low))
 
 
 _BLOCK = 1 << 17  # entries scanned at a time: the temporaries stay in the cache

@@ -188,18 +188,8 @@ class AccessPlan:
         Raises:
             CheckpointError: it cannot be written.
         """
-        told = {
-            **self._decided(),
-            "digest": self.digest,
-            "names": sorted(self.experts, key=lambda name: (self.experts[name], name)),
-            "order": list(self.experts),
-            "full": dict(self.full),
-            **{name: getattr(self, name) for name in _ESTIMATES},
-            "ranks": _packed(self.ranks, np.int32),
-            "ratios": _packed(self.ratios, np.float64),
-        }
         try:
-            Path(path).write_text(json.dumps(told), encoding="utf-8")
+            Path(path).write_text(json.dumps(self.as_data()), encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"{path}: the plan cannot be written: {error.strerror}; check the path") from error
 
@@ -214,30 +204,61 @@ class AccessPlan:
             CheckpointError: the file cannot be read, is no plan, or was changed since it was written.
         """
         try:
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
-            names, blocks = told["names"], {name: (size, block) for name, (size, block) in told["blocks"].items()}
-            order = told["order"]
-            by_name = {
-                name: {tensor: _from_hex(bits, *blocks[tensor]) for tensor, bits in access.items()}
-                for name, access in zip(names, told["access"], strict=True)
-            }
-            contents, planned = (dict(zip(names, told[key], strict=True)) for key in ("experts", "planned"))
-            per_expert, per_tensor = told["floors"]
-            plan = cls(
-                **{name: told[name] for name in ("policy", "budget", "base", "method", "full", *_ESTIMATES)},
-                floors=(per_expert, per_tensor),
-                experts={name: contents[name] for name in order},
-                blocks=blocks,
-                chosen={name: by_name[name] for name in order},
-                planned={name: planned[name] for name in order},
-                ranks=_unpacked(told["ranks"], np.int32),
-                ratios=_unpacked(told["ratios"], np.float64),
-            )
-            version = told["version"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls.from_data(json.loads(Path(path).read_text(encoding="utf-8")))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is no access plan: {error!r:.200}; make it again") from None
-        if version != _VERSION or plan.digest != told["digest"]:
-            raise CheckpointError(f"{path}: the plan does not have the digest that it names; make it again")
+
+    def as_data(self) -> dict[str, Any]:
+        """The plan as plain data, from which `from_data` makes the same one."""
+        return {
+            **self._decided(),
+            "digest": self.digest,
+            "names": sorted(self.experts, key=lambda name: (self.experts[name], name)),
+            "order": list(self.experts),
+            "full": dict(self.full),
+            **{name: getattr(self, name) for name in _ESTIMATES},
+            "ranks": _packed(self.ranks, np.int32),
+            "ratios": _packed(self.ratios, np.float64),
+        }
+
+    @classmethod
+    def from_data(cls, told: Any) -> AccessPlan:
+        """The plan that `as_data` has written down.
+
+        Raises:
+            CheckpointError: it does not have the digest that it names.
+            ValueError, LookupError, TypeError, AttributeError: it is no plan.
+        """
+        names, blocks = told["names"], {name: (size, block) for name, (size, block) in told["blocks"].items()}
+        order = told["order"]
+        by_name = {
+            name: {tensor: _from_hex(bits, *blocks[tensor]) for tensor, bits in access.items()}
+            for name, access in zip(names, told["access"], strict=True)
+        }
+        contents, planned = (dict(zip(names, told[key], strict=True)) for key in ("experts", "planned"))
+        per_expert, per_tensor = told["floors"]
+        ranks, ratios = _unpacked(told["ranks"], np.int32), _unpacked(told["ratios"], np.float64)
+        for name, tensor in ((name, tensor) for name in names for tensor in blocks):
+            if not len(by_name[name][tensor]) == len(ranks[name][tensor]) == len(ratios[name][tensor]):
+                raise ValueError(f"tensor {tensor!r} of {name!r} has blocks without a rank")
+        plain: dict[str, Any] = {name: told[name] for name in ("policy", "base", "method")}
+        plain |= {name: None if told[name] is None else float(told[name]) for name in _ESTIMATES}
+        plan = cls(
+            **plain,
+            budget=None if told["budget"] is None else int(told["budget"]),
+            full={name: int(n) for name, n in told["full"].items()},
+            floors=(per_expert, per_tensor),
+            experts={name: contents[name] for name in order},
+            blocks=blocks,
+            chosen={name: by_name[name] for name in order},
+            planned={name: int(planned[name]) for name in order},
+            ranks=ranks,
+            ratios=ratios,
+        )
+        if told["version"] != _VERSION or plan.digest != told["digest"]:
+            raise CheckpointError("the plan does not have the digest that it names; make it again")
         return plan
 
     def __str__(self) -> str:
@@ -473,7 +494,10 @@ def _as_hex(bits: Bool[np.ndarray, " B"]) -> str:
 
 
 def _from_hex(text: str, size: int, block: int) -> Bool[np.ndarray, " B"]:
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=-(-size // block)).astype(bool)
+    packed, count = np.frombuffer(bytes.fromhex(text), np.uint8), -(-size // max(block, 1))
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"{8 * len(packed)} bits for {count} blocks")
+    return np.unpackbits(packed, count=count).astype(bool)
 
 
 def _packed(arrays: Mapping[str, Mapping[str, np.ndarray]], dtype: Any) -> dict[str, dict[str, str]]:

@@ -24,6 +24,7 @@ from jaxmerge.checkpoints.writer import CheckpointWriter
 from jaxmerge.methods.assignment import TensorTask
 from jaxmerge.methods.lazy import Chunk, MergedTensor, Reader, empty_chunk, inputs, padded_size
 from jaxmerge.streaming.budgeted import read_beside_base
+from jaxmerge.streaming.manifest import BlockHashes
 from jaxmerge.streaming.plan import Part, Plan, merges_within
 from jaxmerge.streaming.progress import Progress
 
@@ -44,7 +45,7 @@ class Worker:
 
     def __init__(self, chunk: int, stop: threading.Event):
         self.chunk, self._stop = chunk, stop
-        self.seconds: dict[str, float] = {"read": 0.0, "compute": 0.0, "write": 0.0}
+        self.seconds: dict[str, float] = {"read": 0.0, "compute": 0.0, "hash": 0.0, "write": 0.0}
         self._memory = np.empty(0, np.uint8)
 
     @contextlib.contextmanager
@@ -215,13 +216,16 @@ class _AllWorkers(Reader):
         return self._workers.run(measure, items, alone=whole)
 
 
-def stream(plan: Plan, writer: CheckpointWriter, progress: Progress) -> dict[str, float]:
+def stream(
+    plan: Plan, writer: CheckpointWriter, progress: Progress, hashes: BlockHashes | None = None
+) -> dict[str, float]:
     """Does the work of a plan.
 
     Args:
         plan: what to do.
         writer: where the tensors go; it is neither finished nor aborted here.
         progress: told what is done.
+        hashes: told what is written.
 
     Returns:
         Seconds by activity, summed over the workers.
@@ -236,8 +240,12 @@ def stream(plan: Plan, writer: CheckpointWriter, progress: Progress) -> dict[str
         leaf = part.leaf
         pieces = _merged(worker, leaf, part) if isinstance(leaf, MergedTensor) else _copied(worker, part)
         for start, values in pieces:
+            values = values.astype(part.dtype, copy=False)
+            if hashes is not None:
+                with worker.timed("hash"):
+                    hashes.add(part.name, part.at + start, values)
             with worker.timed("write"):
-                writer.write(part.name, part.at + start, values.astype(part.dtype, copy=False))
+                writer.write(part.name, part.at + start, values)
             progress.advance(values.size * part.dtype.itemsize)
 
     progress.begin("merging", plan.to_write)

@@ -33,10 +33,12 @@ class Fingerprint:
     Attributes:
         model: a hash of all of it.
         tensors: tensor name → a hash of the state of the file that holds it and of its place, dtype and shape there.
+        lasting: whether it is the same when the checkpoint is opened again; false behind a URL without tags.
     """
 
     model: str
     tensors: dict[str, str]
+    lasting: bool = True
 
 
 def fingerprint(checkpoint: Checkpoint) -> Fingerprint:
@@ -46,15 +48,16 @@ def fingerprint(checkpoint: Checkpoint) -> Fingerprint:
         CheckpointError: the server that has its files does not answer.
     """
     states: dict[int, Any] = {}
-    tensors = {}
+    tensors, lasting = {}, True
     for name, leaf in named_leaves(checkpoint.params).items():
         stored = stored_tensor(leaf)
         holder = stored.source if isinstance(stored, StoredTensor) else checkpoint
         if id(holder) not in states:
             states[id(holder)] = _state(holder)
+            lasting = lasting and holder not in _UNKNOWN
         place = getattr(stored, "offset", None)
         tensors[name] = digest([states[id(holder)], name, leaf.dtype.name, list(leaf.shape), place])
-    return Fingerprint(digest([sorted(tensors.items()), sorted(checkpoint.aliases.items())]), tensors)
+    return Fingerprint(digest([sorted(tensors.items()), sorted(checkpoint.aliases.items())]), tensors, lasting)
 
 
 def stored_tensor(leaf: LazyTensor) -> LazyTensor:

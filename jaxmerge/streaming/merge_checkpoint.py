@@ -27,6 +27,15 @@ from jaxmerge.streaming.budget import AccessPlan
 from jaxmerge.streaming.budgeted import Scratch
 from jaxmerge.streaming.catalog import Catalog, open_catalog
 from jaxmerge.streaming.engine import stream
+from jaxmerge.streaming.manifest import (
+    BLOCK_BYTES,
+    MANIFEST,
+    BlockHashes,
+    Merge,
+    Output,
+    describe_merge,
+    write_manifest,
+)
 from jaxmerge.streaming.plan import Plan, make_plan, merges_within
 from jaxmerge.streaming.progress import showing
 from jaxmerge.streaming.report import StreamReport, peak_memory
@@ -64,6 +73,8 @@ def merge_checkpoint(
     max_shard_bytes: int | str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    manifest: bool = True,
+    recipe: str | None = None,
     progress: bool | None = None,
 ) -> StreamReport:
     """Merges checkpoints into a checkpoint, disk to disk.
@@ -99,6 +110,9 @@ def merge_checkpoint(
         max_shard_bytes: size of the files that a safetensors folder is split into; 5 GiB by default.
         overwrite: replace what stands at `out`, when the merge is complete.
         allow_nonfinite: let NaN and infinity in the inputs pass.
+        manifest: write down in a folder (`jaxmerge.json`) what it was made from, with paths as they are given here,
+            and hashes of its tensors, for `verify_checkpoint`. Single files have no place for it.
+        recipe: text that the manifest keeps, such as the recipe that the merge was read from.
         progress: show what will be read, written and needed, and a bar; by default in a terminal or notebook.
 
     Returns:
@@ -116,6 +130,17 @@ def merge_checkpoint(
     started = time.perf_counter()
     with contextlib.ExitStack() as opened:
         sources, reference, job = _opened(opened, method, experts, base, key, rules, dtype)
+        about = None
+        if manifest and _is_folder(out, format):
+            about = describe_merge(
+                method,
+                {name: _described(name, source, sources) for name, source in name_experts(experts).items()},
+                None if base is None else _described(BASE, base, sources),
+                key=key,
+                dtype=dtype,
+                rules=rules,
+                allow_nonfinite=allow_nonfinite,
+            )
         opening, seconds = time.perf_counter() - started, {}
         access, analysed, known = None, {}, None
         if io_budget is None:
@@ -144,6 +169,8 @@ def merge_checkpoint(
             progress=progress,
             sources=sources,
             access=access,
+            about=about,
+            recipe=recipe,
         )
         seconds = {"open": opening, **seconds, **report.seconds}
         report = dataclasses.replace(report, seconds=seconds, io_plan=access, bytes_analysed=analysed)
@@ -238,6 +265,12 @@ def _opened(
     return sources, reference, assign(method, trees, base_params, key, rules)
 
 
+def _described(name: str, source: Source, sources: Mapping[str, Checkpoint]) -> tuple[str | None, Checkpoint | None]:
+    """The path of a model as it was given, and the opened model; both None for a tree."""
+    checkpoint = sources.get(name)
+    return (None if checkpoint is None else str(source if isinstance(source, str | Path) else source.path)), checkpoint
+
+
 def _other_dtypes(trees: Sequence[Params], dtype: str) -> bool:
     leaves = [leaf for tree in trees for leaf in named_leaves(tree).values()]
     return any(is_mergeable(leaf) and leaf.dtype.name != dtype for leaf in leaves)
@@ -323,14 +356,23 @@ def _saved(
     progress: bool | None,
     sources: Mapping[str, Checkpoint],
     access: AccessPlan | None = None,
+    about: Merge | None = None,
+    recipe: str | None = None,
 ) -> StreamReport:
-    """Does what `save_lazily` does; the output is not published if more was read than an access plan says."""
+    """Does what `save_lazily` does; the output is not published if more was read than an access plan says.
+
+    Given what the merge is about, the output gets a manifest.
+    """
     started = time.perf_counter()
     _check_conflict(Path(out), sources)
     tensors, aliases = _stored_once(params, sources)
     if max_shard_bytes is None and _is_hugging_face(out, format):
         max_shard_bytes = DEFAULT_SHARD
-    plan = make_plan(tensors, parse_bytes(memory_budget, "memory_budget"))
+    budget = parse_bytes(memory_budget, "memory_budget")
+    shards = None if max_shard_bytes is None else parse_bytes(max_shard_bytes, "max_shard_bytes")
+    plan = make_plan(tensors, budget)
+    specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    hashes = None if about is None else BlockHashes(specs)
     already_read = {name: source.bytes_read for name, source in sources.items()}
     with showing(progress) as display:
         display.say(
@@ -339,20 +381,32 @@ def _saved(
         )
         with open_writer(
             out,
-            [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()],
+            specs,
             format=format,
             metadata=metadata,
             aliases=aliases,
-            max_shard_bytes=None if max_shard_bytes is None else parse_bytes(max_shard_bytes, "max_shard_bytes"),
-            side_files=side_files,
+            max_shard_bytes=shards,
+            # The manifest of an input tells nothing about the output.
+            side_files={name: file for name, file in (side_files or {}).items() if name != MANIFEST},
             overwrite=overwrite,
         ) as writer:
             planned = time.perf_counter()
-            worker_seconds = stream(plan, writer, display)
+            worker_seconds = stream(plan, writer, display, hashes)
             streamed = time.perf_counter()
             read = {name: source.bytes_read - already_read[name] for name, source in sources.items()}
             if access is not None:
                 _check_fetched(access, sources, read)
+            if about is not None and hashes is not None:
+                output = Output(format or "safetensors", shards, BLOCK_BYTES, hashes.tensors(), aliases)
+                write_manifest(
+                    writer.folder,
+                    about,
+                    output,
+                    memory_budget=budget,
+                    bytes_read=read,
+                    recipe=recipe,
+                    io_plan=access,
+                )
         published = time.perf_counter()
     return StreamReport(
         path=writer.path,
@@ -403,6 +457,10 @@ def _stored_once(params: Params, sources: Mapping[str, Checkpoint]) -> tuple[dic
 def _is_hugging_face(out: str | Path, format: str | None) -> bool:
     """Whether the output is a folder of safetensors files."""
     return format in (None, "safetensors") and Path(out).suffix not in (".safetensors", ".npz")
+
+
+def _is_folder(out: str | Path, format: str | None) -> bool:
+    return _is_hugging_face(out, format) or format == "orbax"
 
 
 def _check_conflict(out: Path, sources: Mapping[str, Checkpoint]) -> None:

@@ -26,7 +26,8 @@ class StreamReport:
         bytes_written: bytes of tensors written.
         seconds: wall time by phase: `open` (and check), `choose` (what is read within an I/O budget), `plan` (and
             compile), `stream` (read, compute, write), `publish` (make durable and rename).
-        worker_seconds: time of all workers together in the phase `stream`, by activity: `read`, `compute`, `write`.
+        worker_seconds: time of all workers together in the phase `stream`, by activity: `read`, `compute`, `hash`
+            (of what is written, for the manifest), `write`.
         workers: number of workers.
         memory_planned: bytes that the work was planned to need at most, beside the libraries; within `memory_budget`.
         memory_peak: largest resident memory of this process since it started, libraries included, in bytes.

@@ -173,7 +173,9 @@ EVERYTHING = {
     "dare": Entry(jm.dare(0.4, weights=WEIGHTS, scale=0.5)),
     "dare_l1": Entry(jm.dare(0.4, weights=WEIGHTS, restore="l1"), reduces=True),
     "dare_ties": Entry(jm.dare_ties(0.4, weights=WEIGHTS)),
-    "dare_ties_trimmed": Entry(jm.dare_ties(0.4, trim_density=0.2)),
+    "dare_ties_trimmed": Entry(
+        jm.dare_ties(0.4, trim_density=0.21)
+    ),  # 0.2 of the entries is a whole number, a step of the result
     "della": Entry(jm.della(0.5, weights=WEIGHTS), sorts=True),
     "della_linear": Entry(jm.della_linear(0.5, restore="l1", axis=0), reduces=True, sorts=True),
     "tsv_m": Entry(

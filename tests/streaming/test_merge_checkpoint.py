@@ -103,6 +103,7 @@ def test_side_files_of_the_reference_come_along(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "of expert/config.json").read_text()) == {"of": "maths"}
     assert sorted(path.name for path in (tmp_path / "of base").iterdir()) == [
         "config.json",
+        "jaxmerge.json",
         "model.safetensors",
         "tokenizer.json",
     ]
