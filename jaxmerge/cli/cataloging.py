@@ -98,7 +98,7 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
     """The arguments that running a recipe gives to `merge_checkpoint`, besides method and experts."""
     if recipe.slices or recipe.tokenizer or recipe.chat_template:
         raise RecipeError(
-            f"{recipe.source}: a recipe with slices, a tokenizer or a chat template cannot be merged within an I/O budget; "
-            "leave the budget out"
+            f"{recipe.source}: a recipe with slices, a tokenizer or a chat template cannot be merged within an I/O "
+            "budget; leave the budget out"
         )
     return {"base": recipe.base, "key": recipe.seed, "rules": recipe.rules, "dtype": recipe.dtype}

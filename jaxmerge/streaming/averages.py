@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -221,6 +222,7 @@ class _Opened:
     def __init__(self, stack: contextlib.ExitStack):
         self.checkpoints: dict[str, Checkpoint] = {}
         self._stack, self._files, self._late = stack, 0, ByteCounter()
+        self._kept_open = files_kept_open()
 
     @property
     def bytes_read(self) -> int:
@@ -239,7 +241,7 @@ class _Opened:
         sources = {id(leaf.source): leaf.source for leaf in leaves.values() if isinstance(leaf, StoredTensor)}
         self._files += len(sources)
         late = {id(leaf): self._late_tensor(leaf, checkpoint) for leaf in leaves.values()}
-        if self._files <= files_kept_open() or None in late.values():
+        if self._files <= self._kept_open or None in late.values():
             self._stack.enter_context(checkpoint)
             return checkpoint.params
         checkpoint.close()
@@ -279,5 +281,5 @@ class LateSource(ByteSource):
 
 
 def files_kept_open() -> int:
-    """How many files of inputs may stay open: half of what the process may have."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+    """How many files of inputs may stay open: half of those that the process may open still."""
+    return (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))) // 2
