@@ -77,7 +77,7 @@ class Spectral(Method):
 
     def merge_matrices(self, deltas: list[Float[Array, "m n"]]) -> Float[Array, "m n"]:
         """The merged task vector of one matrix, from those of the experts."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how to merge matrices")
 
 
 def is_factored(info: TensorInfo, factored: Factored) -> bool:
