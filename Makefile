@@ -25,7 +25,7 @@ docs: $(INSTALLED_DOCS)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
 
 clean:
-	rm -rf .venv build dist demo-output docs/_build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo-output docs/_build .pytest_cache .ruff_cache .hypothesis .jax_cache
 
 # The stamps are newer than pyproject.toml once everything it asks for is installed.
 $(INSTALLED): pyproject.toml

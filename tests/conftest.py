@@ -1,13 +1,17 @@
-"""How every test runs: eight simulated devices, strict promotion, reproducible examples.
+"""How every test runs: eight simulated devices, strict promotion, reproducible examples, programs compiled once.
 
 This file is loaded before any test, so nothing has touched a JAX backend or loaded SciPy's OpenBLAS (which JAX's
 factorisations use on the CPU) yet; afterwards these settings would come too late.
 """
 
 import os
+from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two threads on two busy cores make one SVD ten times slower
 os.environ["JAX_PLATFORMS"] = "cpu"  # also for the processes that tests start
+# Most of the suite's time is XLA compiling. The workers share what each has compiled, and the next run finds it again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
 import jax
