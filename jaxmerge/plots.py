@@ -1,4 +1,4 @@
-"""Pictures of merges: scores of methods, and cosines of task vectors. Needs the extra `plot`.
+"""Pictures of merges: scores of methods, cosines of task vectors, learned coefficients. Needs the extra `plot`.
 
 Figures are made without pyplot, so that drawing changes no global state and works without a display.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -54,6 +54,42 @@ def plot_cosines(cosines: Mapping[str, Float[np.ndarray, "K K"]], experts: Seque
                 color = "white" if abs(cosine) > 0.65 * limit else "black"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
     axes.set_title("Cosine between task vectors, by layer", loc="left")
+    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
+    return figure
+
+
+def plot_coefficients(coefficients: Any) -> Figure:
+    """Draws learned coefficients: a row per tensor, a column per expert.
+
+    White is the middle of all of them, so that one sees which tensors take more of an expert, and which less.
+
+    Args:
+        coefficients: `{tensor: {expert: number}}`, or what `learn` returned; `{name: number}` is one column.
+
+    Returns:
+        A figure; `figure.savefig(path)` writes it.
+    """
+    from matplotlib.figure import Figure
+
+    table: Mapping[str, Any] = getattr(coefficients, "coefficients", coefficients)
+    table = {name: row if isinstance(row, Mapping) else {"": row} for name, row in table.items()}
+    rows, columns = list(table), list(next(iter(table.values())))
+    grid = np.array([[table[row][column] for column in columns] for row in rows], dtype=float)
+    middle = float(np.mean(grid))
+    reach = float(np.max(np.abs(grid - middle), initial=1e-3))
+
+    height = min(1.6 + 0.16 * len(rows), 40.0)
+    figure = Figure(figsize=(max(3.6 + 0.6 * len(columns), 5.0), max(height, 2.4)), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="PiYG", vmin=middle - reach, vmax=middle + reach, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if grid.size <= MAX_ANNOTATED:
+        for (row, column), value in np.ndenumerate(grid):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6)
+    axes.set_title("Learned coefficients", loc="left")
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
     return figure
 

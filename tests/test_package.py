@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "checkpoints": {"errors", "trees"},
     "methods": {"errors", "trees"},
     "streaming": {"errors", "trees", "checkpoints", "methods"},
+    "learning": {"errors", "trees", "methods"},
     "plots": set(),
     "cli": {"errors", "trees", "checkpoints", "methods", "streaming", "plots"},
-    "api": {"errors", "trees", "checkpoints", "methods", "streaming", "plots", "cli"},
+    "api": {"errors", "trees", "checkpoints", "methods", "streaming", "learning", "plots", "cli"},
     "__main__": {"cli"},
     "__init__": {"api"},
 }

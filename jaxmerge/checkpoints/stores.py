@@ -3,6 +3,9 @@
 A `Store` is a folder of files, a `ByteSource` one file of it. Only ranges that are asked for are read, and a
 `ByteCounter` counts them. Local files are read by `preadv` straight into the caller's memory; URLs in pieces, several
 at once, each with a time limit (TensorStore's http driver repeats a failing request for a very long time).
+
+A source is one file in one state. When the file has changed since it was opened, or another one stands in its place,
+reading fails: bytes of two states must not end up in one model.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -39,6 +43,9 @@ SECONDS_PER_REQUEST = 60.0
 
 MAX_SMALL_FILE_BYTES = 256 << 20
 """Files that are read whole (indices, tokenizers) are not longer than this."""
+
+
+_HEAD_BYTES = 64 << 10  # of a file that its state tells
 
 
 class ByteCounter:
@@ -71,12 +78,20 @@ class ByteSource(abc.ABC):
         """Fills `out` (1-D uint8) with the bytes from `offset` on.
 
         Raises:
-            CheckpointError: the file is shorter, or cannot be read.
+            CheckpointError: the file is shorter, cannot be read, or was changed since it was opened.
         """
 
     @abc.abstractmethod
     def ends_at(self, offset: int) -> bool:
         """Whether the file is exactly `offset` bytes long."""
+
+    def state(self) -> Any:
+        """What changes when the file does, as plain data; None where that cannot be known.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        return None
 
     def read(self, offset: int, n: int) -> bytes:
         """The `n` bytes from `offset` on. Only for sizes that a file is known to have or that are small."""
@@ -94,10 +109,11 @@ class FileSource(ByteSource):
     gap = 0
 
     def __init__(self, path: Path, counter: ByteCounter):
-        self.label, self._counter = path.name, counter
+        self.label, self._path, self._counter = path.name, path.absolute(), counter
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._closer = weakref.finalize(self, os.close, self._fd)
-        self.size = os.fstat(self._fd).st_size
+        opened = os.fstat(self._fd)
+        self.size, self._identity = opened.st_size, _identity(opened)
 
     def read_into(self, offset: int, out: np.ndarray) -> None:
         done = 0
@@ -115,9 +131,24 @@ class FileSource(ByteSource):
                 )
             done += n
         self._counter.add(out.size)
+        self._check_unchanged()
 
     def ends_at(self, offset: int) -> bool:
         return self.size == offset
+
+    def state(self) -> Any:
+        """Size, time of the last change in nanoseconds and a hash of the first bytes, of the file that is open."""
+        found, head = os.fstat(self._fd), os.pread(self._fd, _HEAD_BYTES, 0)
+        return [found.st_size, found.st_mtime_ns, hashlib.sha256(head).hexdigest()]
+
+    def _check_unchanged(self) -> None:
+        """Checks that the file at the path is the one that is open, as it was then. One call: small reads are many."""
+        try:
+            now = os.stat(self._path)
+        except OSError:  # moved or removed: what is open lives on
+            now = os.fstat(self._fd)
+        if _identity(now) != self._identity:
+            raise CheckpointError(_changed(str(self._path)))
 
     def close(self) -> None:
         self._closer()
@@ -131,6 +162,7 @@ class KvSource(ByteSource):
 
     def __init__(self, kv: ts.KvStore, key: str, counter: ByteCounter):
         self.label, self._kv, self._key, self._counter = key, kv, key, counter
+        self._generation: bytes | None = None  # of the value, as the first answer tells it
 
     def read_into(self, offset: int, out: np.ndarray) -> None:
         starts = range(0, out.size, PIECE_BYTES)
@@ -139,7 +171,7 @@ class KvSource(ByteSource):
             for ahead in starts[i + len(pending) : i + REQUESTS_AT_ONCE]:
                 end = min(ahead + PIECE_BYTES, out.size)
                 pending.append(self._kv.read(self._key, byte_range=slice(offset + ahead, offset + end)))
-            value = _value(pending.pop(0), f"{self.label}, bytes {offset + start} and on")
+            value = self._answer(pending.pop(0), f"{self.label}, bytes {offset + start} and on")
             n = min(PIECE_BYTES, out.size - start)
             if value is None or len(value) != n:
                 found = "nothing" if value is None else f"{len(value)} bytes"
@@ -165,11 +197,28 @@ class KvSource(ByteSource):
     def byte_at(self, position: int) -> bytes | None:
         """The byte at a position: empty past the end, None when there is no such key at all."""
         try:
-            return _value(self._kv.read(self._key, byte_range=slice(position, position + 1)), self.label)
+            return self._answer(self._kv.read(self._key, byte_range=slice(position, position + 1)), self.label)
         except CheckpointError as error:
             if "OUT_OF_RANGE" in str(error):
                 return b""
             raise
+
+    def state(self) -> Any:
+        """The generation or tag that the server gives; None if it gives none."""
+        generation = wait(self._kv.read(self._key, byte_range=slice(0, 1)), self.label).stamp.generation
+        return generation.hex() if _tells(generation) else None
+
+    def _answer(self, request: Any, what: str) -> bytes | None:
+        """The bytes that a request gives, None when there is no such key; all must be of one generation."""
+        result = wait(request, what)
+        if result.state != "value":
+            return None
+        generation = result.stamp.generation
+        if self._generation is None:
+            self._generation = generation
+        elif generation != self._generation and _tells(generation) and _tells(self._generation):
+            raise CheckpointError(_changed(self.label))
+        return result.value
 
 
 class Store(abc.ABC):
@@ -208,6 +257,10 @@ class Store(abc.ABC):
     def kvstore_spec(self, subfolder: str) -> dict[str, Any] | str:
         """A folder in this one, "" or with a slash at its end, as TensorStore knows it."""
 
+    def state(self) -> Any:
+        """What changes when a file in the folder does, as plain data; None where that cannot be known."""
+        return None
+
     @abc.abstractmethod
     def names(self) -> list[str] | None:
         """The names of its files, sorted; None where folders cannot be listed."""
@@ -245,6 +298,15 @@ class FileStore(Store):
 
     def kvstore_spec(self, subfolder: str) -> dict[str, Any] | str:
         return {"driver": "file", "path": f"{self.folder.absolute()}/{subfolder}"}
+
+    def state(self) -> Any:
+        """Path, size and time of the last change of every file in it and below."""
+        states = []
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                states.append([str(path.relative_to(self.folder)), found.st_size, found.st_mtime_ns])
+        return states
 
     def names(self) -> list[str] | None:
         with _readable(self.folder):
@@ -324,6 +386,20 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; check its owner and mode") from error
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    """Which file it is, and in what state."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed(what: str) -> str:
+    return f"{what} was changed while it was read, or another one took its place; try again when it is complete"
+
+
+def _tells(generation: bytes) -> bool:
+    """Whether a generation tells one state of a value from another; servers without tags give a single byte."""
+    return len(generation) > 1
 
 
 def _check_small(n: int, what: str) -> None:

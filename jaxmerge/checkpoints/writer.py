@@ -3,6 +3,8 @@
 `open_writer` lays out the files, reserves their space on the disk and writes everything but the tensors; `write` puts
 entries where they belong; `finish` makes all of it durable and gives the output its name. Until then nothing exists
 under that name, and after an error nothing is left over.
+
+What a killed writer left is cleared, unless the caller knows what is in it and goes on with it (`resume`).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from jaxmerge.checkpoints.publish import Staging, as_checkpoint_error, sync
 from jaxmerge.errors import CheckpointError, StructureError
 from jaxmerge.trees.lazy import LazyTensor
 from jaxmerge.trees.paths import named_leaves
+
+JOURNAL = ".jaxmerge-journal"
+"""A file in the hidden folder in which the caller may note how far it has come; it is no part of the checkpoint."""
 
 _PIECE_BYTES = 8 << 20  # lazy tensors are copied through a buffer of this size
 
@@ -37,30 +42,36 @@ class CheckpointWriter:
         folder: the hidden folder in which it is built.
         specs: the tensors by name.
         bytes_written: bytes of tensor entries written so far.
+        resumed: whether it goes on with the files of a writer that was killed.
     """
 
-    def __init__(self, staging: Staging, layout: Layout, specs: Mapping[str, TensorSpec]):
+    def __init__(self, staging: Staging, layout: Layout, specs: Mapping[str, TensorSpec], resumed: bool = False):
         self.path, self.folder, self.specs = staging.target, staging.folder, specs
-        self._staging, self._layout = staging, layout
+        self._staging, self._layout, self.resumed = staging, layout, resumed
         self._lock = threading.Lock()
         self._entries_written = dict.fromkeys(specs, 0)
         for name, planned in layout.files.items():
-            _create(self.folder / name, planned)
+            _create(self.folder / name, planned, anew=not resumed)
         for link, name in layout.links.items():
             (self.folder / link).parent.mkdir(parents=True, exist_ok=True)
+            if resumed:
+                (self.folder / link).unlink(missing_ok=True)
             os.link(self.folder / name, self.folder / link)
 
     @property
     def bytes_written(self) -> int:
         return sum(n * self.specs[name].dtype.itemsize for name, n in self._entries_written.items())
 
-    def write(self, name: str, start: int, values: Shaped[np.ndarray, "..."]) -> None:
+    def write(self, name: str, start: int, values: Shaped[np.ndarray, "..."]) -> bool:
         """Writes the entries `start ... start + n` of the row-major flattened tensor. Thread-safe.
 
         Args:
             name: the tensor.
             start: flat position of the first entry.
             values: entries in the tensor's dtype; the memory may be reused when the call returns.
+
+        Returns:
+            Whether this was the last that was missing of the tensor.
 
         Raises:
             CheckpointError: the entries do not fit the tensor, or the disk is full.
@@ -77,6 +88,37 @@ class CheckpointWriter:
             _pwrite(self.folder / file, data, offset + start * spec.dtype.itemsize)
         with self._lock:
             self._entries_written[name] += values.size
+            return self._entries_written[name] == spec.size
+
+    def read_back(self, name: str, start: int, out: Shaped[np.ndarray, " n"]) -> None:
+        """Fills `out` with what stands in the files for the entries from `start` on, whoever wrote it.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        file, offset = self._layout.places[name]
+        with as_checkpoint_error(f"read {name} from {self.folder}"):
+            _pread(self.folder / file, out.view(np.uint8), offset + start * self.specs[name].dtype.itemsize)
+
+    def take_over(self, name: str) -> None:
+        """Counts a tensor as written, because a killed writer has written it."""
+        with self._lock:
+            self._entries_written[name] = self.specs[name].size
+
+    def discard(self, name: str) -> None:
+        """Counts a tensor as not written, so that it can be written again."""
+        with self._lock:
+            self._entries_written[name] = 0
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Makes durable what was written of some tensors so far.
+
+        Raises:
+            CheckpointError: the disk is full or broken.
+        """
+        with as_checkpoint_error(f"write {self.path}"):
+            for file in {self._layout.places[name][0] for name in names}:
+                sync(self.folder / file)
 
     def finish(self) -> Path:
         """Makes everything durable and publishes it. Returns the path.
@@ -96,6 +138,7 @@ class CheckpointWriter:
                 self._layout.seal(self.folder)
             for name in self._layout.files:
                 sync(self.folder / name)
+            (self.folder / JOURNAL).unlink(missing_ok=True)
         self._staging.commit()
         return self.path
 
@@ -127,6 +170,7 @@ def open_writer(
     max_shard_bytes: int | None = None,
     side_files: Mapping[str, Path | bytes] | None = None,
     overwrite: bool = False,
+    resume: Callable[[Path, Layout], bool] | None = None,
 ) -> CheckpointWriter:
     """Starts a checkpoint: lays out its files, reserves their space and writes all but the tensors.
 
@@ -140,6 +184,8 @@ def open_writer(
             (a larger tensor gets a file of its own), with an index.
         side_files: further files of a folder: `{name: content or file to copy}`.
         overwrite: replace what stands at `path`, when finished.
+        resume: is asked whether what a killed writer of the same path left shall be gone on with, given the hidden
+            folder and the layout of what is to be written. Then every file of the layout must be there with its size.
 
     Returns:
         A writer; it must be finished or aborted.
@@ -185,10 +231,17 @@ def open_writer(
             raise CheckpointError(f"{path}: {name!r} cannot be the name of a side file of this checkpoint")
         with as_checkpoint_error(f"copy {name} to {path}"):
             files[name] = PlannedFile.of(content if isinstance(content, bytes) else content.read_bytes())
-    staging = Staging(path, is_folder=is_folder, overwrite=overwrite)
+    layout, resumed = dataclasses.replace(layout, files=files), False
+
+    def keep(folder: Path) -> bool:
+        nonlocal resumed
+        resumed = resume is not None and resume(folder, layout)
+        return resumed
+
+    staging = Staging(path, is_folder=is_folder, overwrite=overwrite, keep=keep)
     try:
         with as_checkpoint_error(f"write {path}"):
-            return CheckpointWriter(staging, dataclasses.replace(layout, files=files), by_name)
+            return CheckpointWriter(staging, layout, by_name, resumed)
     except BaseException:
         staging.abort()
         raise
@@ -263,9 +316,10 @@ def save_checkpoint(
     return writer.path
 
 
-def _create(path: Path, planned: PlannedFile) -> None:
+def _create(path: Path, planned: PlannedFile, anew: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less what the umask takes away
+    exclusive = os.O_EXCL if anew else 0
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | exclusive, 0o666)  # less what the umask takes away
     try:
         if planned.size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, planned.size)  # a full disk shows here, not after an hour of merging
@@ -283,5 +337,18 @@ def _pwrite(path: Path, data: np.ndarray, offset: int) -> None:
         done = 0
         while done < data.size:
             done += os.pwrite(fd, data[done:].data, offset + done)
+    finally:
+        os.close(fd)
+
+
+def _pread(path: Path, out: np.ndarray, offset: int) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < out.size:
+            n = os.preadv(fd, [out[done:].data], offset + done)
+            if n == 0:
+                raise OSError(f"{path.name} ends at byte {offset + done}")
+            done += n
     finally:
         os.close(fd)

@@ -41,6 +41,8 @@ def explain_model(path: str) -> None:
             f"{len(manifest.output.tensors)}, {format_bytes(sum(x.nbytes for x in manifest.output.tensors.values()))}",
         )
     )
+    if run.copied is not None:
+        rows.append(("copied", f"{len(run.copied.tensors)} tensors, from {run.copied.path} (id {run.copied.id})"))
     rows.append(("finished", run.finished))
     rows.append(("made with", ", ".join(f"{name} {version}" for name, version in run.versions.items())))
     rows += [] if plan is None else plan.rows()
@@ -72,6 +74,14 @@ def explain_tensor(path: str, tensor: str) -> None:
     print(f"{tensor}: {found.dtype}{list(found.shape)}{'' if kept == tensor else f', tied to {kept}'}")
     print(f"sha256 of its {len(found.blocks)} block hashes: {found.sha256}")
     print(f"method: {manifest.merge.method}")
+    copied = manifest.run.copied
+    if copied is not None and kept in copied.tensors:
+        there = "" if copied.tensors[kept] == kept else f", where it is {copied.tensors[kept]}"
+        print(f"it was copied from {copied.path} (id {copied.id}){there}, since it was made in the same way there:")
+        print("method and coefficients for this tensor, dtype, libraries, and the tensors that went in are the same")
+        return
+    if copied is not None:
+        print(f"it was merged: in {copied.path} nothing was made in the same way from the same tensors")
     if plan is None:
         print("all of it was read from each expert")
         return

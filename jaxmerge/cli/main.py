@@ -19,6 +19,7 @@ from jaxmerge.errors import MergeError
 
 if TYPE_CHECKING:
     from jaxmerge.cli.comparing import Difference
+    from jaxmerge.streaming.report import StreamReport
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,12 +52,17 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = _command(commands, _merge, "merge", "merge checkpoints as a recipe says")
     merge.add_argument("recipe", metavar="RECIPE", help="YAML file, in our form or in mergekit's")
-    merge.add_argument("--out", metavar="DIR", required=True, help="folder to write; it appears when it is complete")
+    place = merge.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", metavar="DIR", help="folder to write; it appears when it is complete")
+    place.add_argument("--store", metavar="ROOT", help="model store to write a new version to; needs --name")
+    merge.add_argument("--name", metavar="NAME", help="model in the store")
+    merge.add_argument("--expected", metavar="COMMIT", help="the version that must be current in the store, or none")
     merge.add_argument("--memory-budget", metavar="SIZE", help="memory for the work, such as 1GiB")
     _add_io_options(merge)
     merge.add_argument("--plan", metavar="FILE.json", help="an access plan, instead of --io-budget")
     merge.add_argument("--seed", metavar="N", type=int, help="seed for methods that draw (the recipe's, or 0)")
     merge.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    merge.add_argument("--reuse", metavar="DIR", help="earlier output; tensors that would be the same are copied")
     merge.add_argument("--dry-run", action="store_true", help="check recipe and checkpoints, merge nothing")
 
     plan = _command(commands, _plan, "plan", "show what a merge within an I/O budget would read, and its error bound")
@@ -82,6 +88,32 @@ def _parser() -> argparse.ArgumentParser:
             action.add_argument("--block", metavar="SIZE", help="size of a block, such as 1MiB")
         if name == "list":
             action.add_argument("--json", action="store_true", help="print JSON")
+
+    store = _command(commands, None, "store", "look after a model store: models with versions")
+    actions = store.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for name, text in (
+        ("list", "list the models"),
+        ("versions", "list the versions of a model"),
+        ("path", "print the folder of a version"),
+        ("verify", "check that versions hold what was committed; exit code 1 if not"),
+        ("gc", "remove old versions; the current ones stay"),
+        ("recover", "finish or remove what killed writers have left"),
+    ):
+        action = _command(actions, _store, name, text)
+        action.set_defaults(action=name)
+        action.add_argument("root", metavar="ROOT", help="folder of the store")
+        if name in ("versions", "path", "verify"):
+            action.add_argument("name", metavar="NAME", nargs="?" if name == "verify" else None, help="model")
+        if name in ("path", "verify"):
+            action.add_argument("commit", metavar="COMMIT", nargs="?", help="version, or the first digits of it")
+        if name in ("list", "versions"):
+            action.add_argument("--json", action="store_true", help="print JSON")
+        if name == "gc":
+            action.add_argument(
+                "--keep", metavar="N", type=int, default=1, help="newest versions of each that stay (1)"
+            )
+            action.add_argument("--parents", action="store_true", help="what kept versions were made from stays too")
+            action.add_argument("--dry-run", action="store_true", help="remove nothing")
 
     verify = _command(
         commands, _verify, "verify", "check that a merged folder holds what was written; exit code 1 if not"
@@ -128,21 +160,36 @@ def _add_io_options(parser: argparse.ArgumentParser) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from jaxmerge.cli.recipe import load_recipe
+    from jaxmerge.errors import RecipeError
     from jaxmerge.streaming.sizes import format_bytes
 
+    _check_place(options)
     recipe = load_recipe(Path(options.recipe))
     if options.seed is not None:
         recipe = dataclasses.replace(recipe, seed=options.seed)
+    if recipe._is_assembled and options.reuse is not None:
+        raise RecipeError(
+            f"{options.recipe}: outputs of recipes with slices, a tokenizer or a chat template have no manifest, so "
+            "nothing of them can be reused; leave --reuse out"
+        )
     budget = {} if options.memory_budget is None else {"memory_budget": options.memory_budget}
     if not options.dry_run:
         from jaxmerge.cli.cataloging import merge_within
 
-        if recipe._is_assembled and (options.io_budget or options.plan) is None:
-            print(recipe.run(options.out, overwrite=options.overwrite, **budget))
-        else:
+        def merge(out: str) -> StreamReport:
+            if recipe._is_assembled and (options.io_budget or options.plan) is None:
+                return recipe.run(out, overwrite=options.overwrite, **budget)
             text = Path(options.recipe).read_text(encoding="utf-8")  # is kept in the manifest
-            given = _io_options(options) | budget | {"recipe": text}
-            print(merge_within(recipe, options.out, options.overwrite, given, options.plan))
+            given = _io_options(options) | budget | {"recipe": text, "reuse": options.reuse}
+            return merge_within(recipe, out, options.overwrite, given, options.plan)
+
+        if options.store is None:
+            print(merge(options.out))
+        else:
+            from jaxmerge.cli.storing import merge_into
+
+            inputs = [*([] if recipe.base is None else [recipe.base]), *recipe.experts.values()]
+            print(merge_into(options.store, options.name, options.expected, inputs, merge))
         return
     plan = recipe.plan(**budget)
     print(f"method: {recipe.method!r}")
@@ -151,6 +198,17 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"to read: {format_bytes(plan.to_read)}")
     print(f"to write: {format_bytes(plan.to_write)}")
     print(f"memory: at most {format_bytes(plan.memory)}, beside the libraries")
+
+
+def _check_place(options: argparse.Namespace) -> None:
+    from jaxmerge.errors import RecipeError
+
+    if options.store is not None and options.name is None:
+        raise RecipeError("--store needs the name of a model; give --name")
+    if options.store is not None and options.overwrite:
+        raise RecipeError("--overwrite is for --out; in a store a merge is a new version, and the former ones stay")
+    if options.store is None and (options.name or options.expected) is not None:
+        raise RecipeError("--name and --expected belong to --store")
 
 
 def _io_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -180,6 +238,13 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _catalog(options: argparse.Namespace) -> None:
     from jaxmerge.cli.cataloging import run_action
+
+    if not run_action(options):
+        sys.exit(1)
+
+
+def _store(options: argparse.Namespace) -> None:
+    from jaxmerge.cli.storing import run_action
 
     if not run_action(options):
         sys.exit(1)

@@ -7,12 +7,14 @@ plain value for one tensor, outside any compiled program.
 * a number or an array: the same for every tensor;
 * `jm.by_depth([first, …, last])`: interpolated over the layers;
 * `{pattern: value}`: the first pattern that matches the whole tensor name (an exact name beats every pattern);
-* for coefficients that belong to experts, additionally a list in the experts' order, or `{expert name: value}`.
+* for coefficients that belong to experts, additionally a list in the experts' order, or `{expert name: value}`;
+* `jm.learnable(start)`: a number that `jm.learn` replaces by one number per tensor and expert.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,8 +64,65 @@ class Table:
         raise RecipeError(f"no rule gives a value for tensor {info.name!r}; add one, for instance '.*', as the last")
 
 
-jax.tree_util.register_dataclass(ByDepth)
-jax.tree_util.register_dataclass(Table)
+@dataclasses.dataclass(frozen=True, repr=False)
+class Learnable(Table):
+    """Numbers to be learned, kept in one array so that a model of hundreds of tensors is one leaf; see `learnable`.
+
+    Rows and columns are found by name, never by position: the order of tensors is no part of what was learned.
+
+    Attributes:
+        keys: the tensors that have a row each; empty as long as there is one row for all.
+        values: `[T, K]`, `[T]`, `[K]` or one number; or the T rows as a tuple.
+        experts: the experts that have a column each; empty as long as there is one for all.
+        per_tensor: `spread` gives every tensor a row.
+        per_expert: `spread` gives every expert a column.
+    """
+
+    values: Any
+    experts: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    per_tensor: bool = dataclasses.field(default=True, metadata={"static": True})
+    per_expert: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def at(self, info: TensorInfo) -> Any:
+        """The tensor's row."""
+        if not self.keys:
+            return self.values
+        if info.name not in self.keys:
+            raise RecipeError(f"no coefficient was learned for tensor {info.name!r}; {_nearest(info.name, self.keys)}")
+        return self.values[self.keys.index(info.name)]
+
+    def for_experts(self, info: TensorInfo, experts: tuple[str, ...], what: str) -> Any:
+        """The tensor's row with one number per expert, in their order."""
+        row = self.at(info)
+        if not self.experts:
+            return [row] * len(experts) if np.ndim(row) == 0 else row
+        if set(self.experts) != set(experts):
+            raise RecipeError(
+                f"{what} were learned for the experts {', '.join(self.experts)}, but these are {', '.join(experts)}; "
+                "name them as they were named then"
+            )
+        return row if self.experts == experts else row[np.array([self.experts.index(name) for name in experts])]
+
+    def spread(self, tensors: Sequence[str], experts: Sequence[str]) -> Learnable:
+        """The same with a row for every tensor and a column for every expert, where they are to have their own."""
+        if self.keys or self.experts:
+            return self
+        start = np.asarray(self.values, np.float32)
+        rows, columns = tuple(tensors) * self.per_tensor, tuple(experts) * self.per_expert
+        shape = (len(rows),) * self.per_tensor + (start.shape or (len(columns),) * self.per_expert)
+        return dataclasses.replace(self, keys=rows, values=np.array(np.broadcast_to(start, shape)), experts=columns)
+
+    def __repr__(self) -> str:
+        if isinstance(self.values, int | float):
+            given = [repr(self.values)]
+            given += [f"{name}=False" for name in ("per_tensor", "per_expert") if not getattr(self, name)]
+            return f"learnable({', '.join(given)})"
+        sizes = [f"{len(self.keys)} tensors"] * bool(self.keys) + [f"{len(self.experts)} experts"] * bool(self.experts)
+        return f"learned({' x '.join(sizes) or 'one number'})"
+
+
+for _node in (ByDepth, Table, Learnable):
+    jax.tree_util.register_dataclass(_node)
 
 
 def by_depth(values: Sequence[Coefficient] | jax.Array, *, outside: Coefficient = None) -> ByDepth:
@@ -83,6 +142,25 @@ def by_depth(values: Sequence[Coefficient] | jax.Array, *, outside: Coefficient 
     return ByDepth(kept, kept[0] if outside is None else coefficient(outside))
 
 
+def learnable(start: float | Sequence[float] = 0.3, *, per_tensor: bool = True, per_expert: bool = True) -> Learnable:
+    """A coefficient to be learned by `jm.learn`: until then one number, afterwards one for every tensor and expert.
+
+    In a method that has one, it alone is learned; everything else is a setting. It may stand wherever a method takes a
+    coefficient: `jm.task_arithmetic(jm.learnable(0.3, per_expert=False))` learns one scale per tensor.
+
+    Args:
+        start: the number that every coefficient starts from; for coefficients of experts also one per expert, in order.
+        per_tensor: learn one for every tensor, by name.
+        per_expert: learn one for every expert, by name; must be False where the number does not belong to experts.
+    """
+    values = tuple(float(x) for x in start) if isinstance(start, Sequence) else start
+    if isinstance(values, tuple) and not per_expert:
+        raise RecipeError(f"learnable starts from {len(values)} numbers, one per expert, but per_expert is False")
+    return Learnable(
+        (), np.array(values, np.float32) if isinstance(values, tuple) else values, (), per_tensor, per_expert
+    )
+
+
 def coefficient(value: Coefficient) -> Any:
     """`value` as a pytree that keeps the order of its rules (a plain dict would be sorted by key)."""
     if isinstance(value, Mapping):
@@ -95,6 +173,10 @@ def coefficient(value: Coefficient) -> Any:
 def at_tensor(value: Any, info: TensorInfo) -> Any:
     """The plain value of a coefficient for one tensor."""
     while isinstance(value, ByDepth | Table):
+        if isinstance(value, Learnable) and value.experts:
+            raise RecipeError(
+                f"{value!r} stands where a coefficient belongs to no expert; build it with per_expert=False"
+            )
         value = value.at(info)
     return value
 
@@ -109,7 +191,9 @@ def per_expert(value: Any, info: TensorInfo, experts: tuple[str, ...], what: str
         if set(value.keys) != set(experts):
             raise RecipeError(f"{what} are given for experts {list(value.keys)}, but the experts are {list(experts)}")
         value = tuple(value.values[value.keys.index(name)] for name in experts)
-    value = at_tensor(value, info)
+    while isinstance(value, ByDepth | Table) and not isinstance(value, Learnable):
+        value = value.at(info)
+    value = value.for_experts(info, experts, what) if isinstance(value, Learnable) else at_tensor(value, info)
     if isinstance(value, tuple):
         value = [at_tensor(v, info) for v in value]
         found = len(value)
@@ -147,11 +231,15 @@ def check_rules(method: Any, names: Sequence[str], experts: tuple[str, ...]) -> 
     """Checks that every rule inside a method matches a tensor.
 
     Raises:
-        RecipeError: a pattern matches nothing; the message suggests the nearest names.
+        RecipeError: a pattern matches nothing, or a number was learned for a tensor that is not there; the message
+            suggests the nearest names.
     """
 
     def visit(node: Any) -> bool:
-        if isinstance(node, Table):
+        if isinstance(node, Learnable):
+            for key in sorted(set(node.keys) - set(names)):
+                raise RecipeError(f"a coefficient was learned for {key!r}, which is no tensor; {_nearest(key, names)}")
+        elif isinstance(node, Table):
             if not set(node.keys) & set(experts):
                 match_rules(node.keys, names)
             for value in node.values:
@@ -159,6 +247,11 @@ def check_rules(method: Any, names: Sequence[str], experts: tuple[str, ...]) -> 
         return False
 
     jax.tree.leaves(method, is_leaf=visit)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or list(names[:3])
+    return f"the nearest names are {', '.join(near)}; rename one of them (jm.renamed)"
 
 
 def is_plain_number(value: Any) -> bool:

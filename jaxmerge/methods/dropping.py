@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, check_range, coefficient, is_plain_number, per_expert
 from jaxmerge.methods.method import pytree, static
+from jaxmerge.methods.selection import ranks_along_last
 from jaxmerge.methods.sharding import on_whole
 from jaxmerge.methods.stages import Chain, Stage, TaskVectors, chain
 from jaxmerge.methods.task_arithmetic import Scale, total, weigh
@@ -100,13 +101,23 @@ def keep_mask(seed: UInt32[Array, 2], shape: tuple[int, ...], info: TensorInfo, 
         info: gives the tensor's shape and the flat position of the chunk's first entry.
         density: probability, one number or one per entry; 1 keeps everything. Its resolution is 2^-24.
     """
-    low, high = _positions(shape, info)
-    word = _mix(_mix(low ^ seed[0]) + seed[1] + high * jnp.uint32(0x9E3779B9))
-    uniform = (word >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+    uniform = (random_words(seed, shape, info) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
     return uniform < jnp.asarray(density, jnp.float32)
 
 
-def _positions(shape: tuple[int, ...], info: TensorInfo) -> tuple[Any, Any]:
+def random_words(seed: UInt32[Array, "2"], shape: tuple[int, ...], info: TensorInfo) -> UInt32[Array, "..."]:
+    """32 random bits for each entry of a chunk, fixed by the seed and the entry's position.
+
+    Args:
+        seed: two words.
+        shape: shape of the chunk, as for `keep_mask`.
+        info: gives the tensor's shape and the flat position of the chunk's first entry.
+    """
+    low, high = positions(shape, info)
+    return _mix(_mix(low ^ seed[0]) + seed[1] + high * jnp.uint32(0x9E3779B9))
+
+
+def positions(shape: tuple[int, ...], info: TensorInfo) -> tuple[Any, Any]:
     """Flat positions of a chunk's entries as low and high words, without reshaping (a sharded array keeps its axes)."""
     offset = jnp.asarray(info.offset, jnp.uint32)
     start_high, start_low = jnp.unstack(offset) if offset.ndim else (jnp.uint32(0), offset)
@@ -151,7 +162,7 @@ def _magnitude_ranks(delta: Array, axes: tuple[int, ...]) -> Array:
     order = (*(a for a in range(delta.ndim) if a not in axes), *axes)
     moved = jnp.abs(delta).transpose(order)
     fibres = moved.reshape(*moved.shape[: delta.ndim - len(axes)], math.prod(delta.shape[a] for a in axes))
-    ranks = jnp.argsort(jnp.argsort(fibres, axis=-1, stable=True), axis=-1, stable=True).astype(delta.dtype)
+    ranks = ranks_along_last(fibres).astype(delta.dtype)
     return ranks.reshape(moved.shape).transpose(tuple(order.index(a) for a in range(delta.ndim)))
 
 

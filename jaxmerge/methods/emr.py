@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from jaxmerge.errors import RecipeError
@@ -19,6 +20,7 @@ from jaxmerge.methods.method import pytree, static
 from jaxmerge.methods.stages import Chain, Stage, TaskVectors, chain
 from jaxmerge.methods.task_arithmetic import nonzero
 from jaxmerge.methods.ties import disjoint_max, elect_sign
+from jaxmerge.trees.checks import name_experts
 from jaxmerge.trees.info import TensorInfo
 from jaxmerge.trees.paths import Params, named_leaves
 
@@ -106,14 +108,24 @@ def emr_experts(experts: ExpertTrees, *, base: Params, average: Average = "tenso
 
     Source: arXiv 2405.17461.
     """
-    held, deltas = mask_experts(emr(), experts, base, lambda name, i, delta, unified: agreement(delta, unified))
+    count = len(name_experts(experts))
+    held, deltas = mask_experts(emr(), experts, base, _agrees, lambda name: [0.0] * count)
     unified = named_leaves(held.unified)
     rescalers = []
     for expert, delta in zip(held.names, deltas, strict=True):
-        own, masked = 0.0, 0.0
+        sums = jnp.zeros(2)
         for name, mask in held.mask(expert).items():
             weight = 1 / max(mask.size, 1) if average == "tensor" else 1.0
-            own += weight * jnp.sum(jnp.abs(delta[name]))
-            masked += weight * jnp.sum(jnp.where(mask, jnp.abs(unified[name]), 0))
-        rescalers.append(own / nonzero(masked))
+            sums = sums + weight * _sizes(delta[name], unified[name], mask)
+        rescalers.append(sums[0] / nonzero(sums[1]))
     return dataclasses.replace(held, rescalers=jnp.stack(rescalers))
+
+
+def _agrees(delta: Any, unified: Any, number: Any) -> Any:
+    return agreement(delta, unified)
+
+
+@jax.jit
+def _sizes(delta: Any, unified: Any, mask: Any) -> Any:
+    """Sums of magnitudes: of a task vector, and of the unified one where the mask is."""
+    return jnp.stack([jnp.sum(jnp.abs(delta)), jnp.sum(jnp.where(mask, jnp.abs(unified), 0))])

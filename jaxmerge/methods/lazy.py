@@ -24,6 +24,7 @@ from jaxtyping import Float, Num
 from jaxmerge.errors import NonFiniteError, StructureError
 from jaxmerge.methods.assignment import Assignment, TensorTask
 from jaxmerge.methods.chunk_programs import measure_chunk, merge_checked_chunk, merge_chunk
+from jaxmerge.methods.given import read_given
 from jaxmerge.methods.measurements import Measurement, OrderStatistic, Total
 from jaxmerge.methods.method import Method
 from jaxmerge.methods.selection import OrderStatisticSearch
@@ -166,7 +167,7 @@ class LazyMerge:
     def _measure_chunk(self, task: TensorTask, chunk: Chunk) -> Measurement:
         stats = tuple(self._stats[id(task)])
         info = chunk_info(task.info, chunk.start)
-        measurement, finite = measure_chunk(task.method, chunk.base, chunk.experts, info, stats)
+        measurement, finite = measure_chunk(read_given(task.method), chunk.base, chunk.experts, info, stats)
         self._check_finite(task, finite)
         return measurement
 
@@ -181,7 +182,7 @@ class LazyMerge:
         """
         program = merge_chunk if self.allow_nonfinite else merge_checked_chunk
         info = chunk_info(task.info, chunk.start)
-        merged, finite = program(task.method, chunk.base, chunk.experts, info, stats)
+        merged, finite = program(read_given(task.method), chunk.base, chunk.experts, info, stats)
         if not np.asarray(finite):
             self._check_finite(task, [np.isfinite(x).all() for x in (chunk.base, *chunk.experts) if x is not None])
         return np.asarray(merged)  # waits
@@ -196,11 +197,13 @@ class LazyMerge:
         shape = task.info.shape if task.method.whole_tensor else (length,)
         base = None if task.base is None else jax.ShapeDtypeStruct(shape, task.base.dtype)
         experts = [jax.ShapeDtypeStruct(shape, expert.dtype) for expert in task.experts]
-        operands = (task.method, base, experts, chunk_info(task.info, 0))
-        key = (jax.tree.structure(operands), shape, experts[0].dtype)
+        given = [leaf for leaf in jax.tree.leaves(task.method) if isinstance(leaf, LazyTensor)]
+        method = jax.tree.map(_unread, task.method)
+        operands = (method, base, experts, chunk_info(task.info, 0))
+        key = (jax.tree.structure(operands), shape, experts[0].dtype, tuple(leaf.shape for leaf in given))
         if key not in self._memory:
-            self._memory[key] = self._program_memory(task.method, operands)
-        return self._memory[key]
+            self._memory[key] = self._program_memory(method, operands)
+        return self._memory[key] + sum(leaf.nbytes for leaf in given)
 
     def _program_memory(self, method: Method, operands: tuple[Any, ...]) -> int:
         stats, needed, searches = (), 0, 0
@@ -469,6 +472,12 @@ def as_lazy(leaf: Any) -> LazyTensor:
     return leaf if isinstance(leaf, LazyTensor) else ArrayTensor(np.asarray(jax.device_get(leaf)))
 
 
-def _on_host(value: Any) -> np.ndarray:
+def _unread(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, LazyTensor) else leaf
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, LazyTensor):  # a statistic: read when its tensor is merged
+        return value
     value = np.asarray(jax.device_get(value))
     return value.astype(np.float32) if value.dtype == np.float64 else value

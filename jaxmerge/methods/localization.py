@@ -148,7 +148,7 @@ def tall_experts(
     infos = tensor_infos({name: tuple(leaf.shape) for name, leaf in named_leaves(base).items()})
     names, thresholds = tuple(name_experts(experts)), coefficient(threshold)
 
-    def mask(name: str, i: int, delta: Any, unified: Any) -> Any:
-        return _needed(delta, unified, per_expert(thresholds, infos[name], names, "thresholds")[i])
+    def by_expert(name: str) -> list[Any]:
+        return per_expert(thresholds, infos[name], names, "thresholds")
 
-    return mask_experts(chain(total()) if unify is None else unify, experts, base, mask)[0]
+    return mask_experts(chain(total()) if unify is None else unify, experts, base, _needed, by_expert)[0]

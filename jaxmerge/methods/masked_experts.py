@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.assignment import ExpertTrees
@@ -50,10 +52,7 @@ class MaskedExperts:
             RecipeError: there is no such expert.
         """
         index, leaves = self._index(expert), named_leaves(self.unified)
-        return {
-            name: jnp.unpackbits(bits[index], count=leaves[name].size).astype(bool).reshape(leaves[name].shape)
-            for name, bits in self.masks.items()
-        }
+        return {name: _unpacked(bits, index, leaves[name].shape) for name, bits in self.masks.items()}
 
     def approximation(self, expert: str, base: Params) -> Params:
         """The approximation of one expert.
@@ -82,8 +81,24 @@ class MaskedExperts:
 jax.tree_util.register_dataclass(MaskedExperts)
 
 
+@functools.partial(jax.jit, static_argnames="shape")
+def _unpacked(bits: UInt8[Array, "K bytes"], index: Any, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    return jnp.unpackbits(bits[index], count=math.prod(shape)).astype(bool).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames="mask")
+def _packed(mask: Callable[..., Any], deltas: list[Any], unified: Any, numbers: Any) -> UInt8[Array, "K bytes"]:
+    """The masks of all experts; one program for every shape."""
+    masks = [mask(delta, unified, number) for delta, number in zip(deltas, numbers, strict=True)]
+    return jnp.stack([jnp.packbits(each) for each in masks])
+
+
 def mask_experts(
-    unify: Chain, experts: ExpertTrees, base: Params, mask: Callable[[str, int, Any, Any], Any]
+    unify: Chain,
+    experts: ExpertTrees,
+    base: Params,
+    mask: Callable[[Any, Any, Any], Any],
+    numbers: Callable[[str], list[Any]],
 ) -> tuple[MaskedExperts, list[dict[str, Any]]]:
     """Merges experts and masks the merged task vector for each, with rescalers of 1.
 
@@ -91,7 +106,8 @@ def mask_experts(
         unify: merges the task vectors.
         experts: parameter trees, a list or a dict by name.
         base: the base.
-        mask: function of tensor name, number of the expert, its task vector and the unified one, to booleans.
+        mask: a function at module level of a task vector, the unified one and a number, to booleans.
+        numbers: gives, for a tensor by name, that number for each expert.
 
     Returns:
         The masked experts, and the experts' task vectors by tensor name.
@@ -100,9 +116,9 @@ def mask_experts(
     vectors = {name: task_vector(tree, base) for name, tree in trees.items()}
     unified = merge(unify, vectors, base=jax.tree.map(jnp.zeros_like, next(iter(vectors.values()))))
     deltas = [named_leaves(vector) for vector in vectors.values()]
-    masks = {
-        name: jnp.stack([jnp.packbits(mask(name, i, delta[name], leaf)) for i, delta in enumerate(deltas)])
-        for name, leaf in named_leaves(unified).items()
-        if is_mergeable(leaf)
-    }
+    masks = {}
+    for name, leaf in named_leaves(unified).items():
+        if is_mergeable(leaf):
+            each = [jnp.asarray(number, leaf.dtype) for number in numbers(name)]
+            masks[name] = _packed(mask, [delta[name] for delta in deltas], leaf, each)
     return MaskedExperts(tuple(trees), unified, masks, jnp.ones(len(trees))), deltas

@@ -35,7 +35,7 @@ class OrderStatistic:
     """The `ranks[i][r]`-th largest of `values[i]`, for each expert i and rank r.
 
     Attributes:
-        values: K arrays of non-negative numbers of one dtype, any shape.
+        values: K arrays of non-negative numbers (or `selection.ordered_keys`) of one dtype, any shape.
         ranks: `[K, R, 2]` uint32, each rank from 1 as two words (`selection.rank_words`).
     """
 
@@ -116,7 +116,7 @@ jax.tree_util.register_dataclass(BitSearch)
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def begin_search(ranks: UInt32[Array, "K R 2"], dtype: Any) -> BitSearch:
-    """A search among non-negative numbers of this dtype; it takes `search_rounds(dtype)` rounds."""
+    """A search among numbers of this dtype; it takes `search_rounds(dtype)` rounds."""
     word = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
     return BitSearch(ranks, jnp.zeros(ranks.shape[:2], word), jnp.asarray(jnp.dtype(dtype).itemsize * 8 - 2, word))
 

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge.errors import NonFiniteError, RecipeError, StructureError
 from jaxmerge.methods.assignment import Assignment, ExpertTrees, TensorTask, assign
+from jaxmerge.methods.given import read_given
 from jaxmerge.methods.lazy import disagreement_message, merge_lazily, nonfinite_message
 from jaxmerge.methods.measurements import Total, begin_search, next_round, search_result, search_rounds
 from jaxmerge.methods.method import Method
@@ -77,9 +78,9 @@ def merge(
     finite, notes = {}, {}
     for bucket in buckets:
         known, batch, sharding = model_stats[bucket.group], bucket.batch, bucket.sharding
-        result, flags, noted = bucket.in_turn(
-            merge_whole(*bucket.operands, known, batch=batch, noted=return_report, sharding=sharding)
-        )
+        checked = not (traced or allow_nonfinite)
+        options: Any = {"batch": batch, "noted": return_report, "checked": checked, "sharding": sharding}
+        result, flags, noted = bucket.in_turn(merge_whole(*bucket.operands, known, **options))
         if len(bucket.names) > 1:
             merged.update(zip(bucket.names, jnp.unstack(result), strict=True))
         else:
@@ -91,10 +92,11 @@ def merge(
 
 
 def _check_finite(job: Assignment, finite: dict[str, Any]) -> None:
-    """Raises the error for the first input that is not finite; `finite` has a row of flags per tensor name."""
-    for name, flags in finite.items():
-        for index, good in enumerate(flags):
-            if not good:
+    """Raises the error for the first input that is not finite; `finite` tells of each tensor whether its result is."""
+    for name in (name for name, good in finite.items() if not good):
+        task = job.tasks[name]
+        for index, leaf in enumerate(x for x in (task.base, *task.experts) if x is not None):
+            if not jnp.isfinite(leaf).all():
                 raise NonFiniteError(nonfinite_message(job.source_name(index), name))
 
 
@@ -152,7 +154,7 @@ def _buckets(job: Assignment, traced: bool) -> list[_Bucket]:
 
 def _operands(task: TensorTask, traced: bool) -> tuple[Any, ...]:
     """What a program is given: coefficients as arrays, and experts sharded as the base is."""
-    method, info = jax.tree.map(_as_array, (task.method, task.info.for_program()))
+    method, info = jax.tree.map(_as_array, (read_given(task.method), task.info.for_program()))
     if task.stacked:
         info = jax.tree.map(lambda x: np.broadcast_to(x, (task.info.num_layers,)) if x.ndim == 0 else x, info)
     sharding = _target_sharding(task)

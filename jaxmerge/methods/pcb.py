@@ -15,7 +15,7 @@ import numpy as np
 from jaxmerge.methods.coefficients import Coefficient, at_tensor, check_range, coefficient, per_expert
 from jaxmerge.methods.measurements import OrderStatistic, Scope, kept_count
 from jaxmerge.methods.method import Method, pytree, static
-from jaxmerge.methods.selection import rank_words
+from jaxmerge.methods.selection import from_ordered_keys, ordered_keys, rank_words
 from jaxmerge.methods.task_arithmetic import nonzero
 from jaxmerge.trees.info import TensorInfo
 
@@ -47,14 +47,12 @@ class Pcb(Method):
         size = info.group_size if self.scope == "model" else info.size
         tails = [size - int(size * self.tails), size - max(int(size * (1 - self.tails) - 1), 0)]
         kept = kept_count(at_tensor(self.density, info), size, count="dropped")
-        # The k-th largest of all scores is that of the positive ones, or else, negated, of the negative ones.
-        positive, negative = [kept, 1], [size - kept + 1, size]
         return dataclasses.replace(
             self,
             density=None,
             weights=per_expert(self.weights, info, experts, "weights"),
             _tail_ranks=rank_words(np.array(tails)),
-            _score_ranks=[[rank_words(rank) for rank in ranks] for ranks in (positive, negative)],
+            _score_ranks=[rank_words(rank) for rank in (kept, 1)],
         )
 
     def measure(self, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]) -> OrderStatistic:
@@ -62,17 +60,16 @@ class Pcb(Method):
         if not stats:
             ranks = jnp.broadcast_to(jnp.asarray(self._tail_ranks), (len(deltas), 2, 2))
             return OrderStatistic(tuple(jnp.abs(d) for d in deltas), ranks)
-        scores = self._scores(deltas, stats[0])
-        signed = [jnp.maximum(s, 0) for s in scores] + [jnp.maximum(-s, 0) for s in scores]
-        ranks = [jnp.stack([jnp.asarray(rank) for rank in ranks]) for ranks in self._score_ranks]
-        return OrderStatistic(tuple(signed), jnp.repeat(jnp.stack(ranks), len(deltas), axis=0))
+        keys = tuple(ordered_keys(score) for score in self._scores(deltas, stats[0]))
+        ranks = jnp.stack([jnp.asarray(rank) for rank in self._score_ranks])
+        return OrderStatistic(keys, jnp.broadcast_to(ranks, (len(deltas), 2, 2)))
 
     def merge_tensor(self, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]) -> Array:
         deltas = [x - base for x in experts]
-        positive, negative = jnp.split(stats[1], 2)
+        limits = from_ordered_keys(stats[1])
         merged, total = jnp.zeros_like(base), jnp.zeros_like(base)
         for i, (delta, score) in enumerate(zip(deltas, self._scores(deltas, stats[0]), strict=True)):
-            cut, top = jnp.where(positive[i] > 0, positive[i], -negative[i])
+            cut, top = limits[i]
             share = (jnp.maximum(score, cut) - cut) / nonzero(top - cut)
             low, high = stats[0][i]
             merged = merged + self.weights[i] * share * jnp.sign(delta) * jnp.clip(jnp.abs(delta), low, high)

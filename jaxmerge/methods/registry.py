@@ -12,15 +12,18 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 
+from jaxmerge.methods.adamerging import adamerging, keep_elected
 from jaxmerge.methods.arcee_fusion import arcee_fusion
 from jaxmerge.methods.averaging import linear, model_stock
 from jaxmerge.methods.breadcrumbs import breadcrumbs, breadcrumbs_ties, keep_middle
 from jaxmerge.methods.choosing import masked, partition, passthrough
 from jaxmerge.methods.compeft import compeft, ternarize
+from jaxmerge.methods.concrete import concrete_mask
 from jaxmerge.methods.doge import doge
 from jaxmerge.methods.dropping import dare, dare_ties, della, della_linear, drop, magprune
 from jaxmerge.methods.emr import emr, recover
 from jaxmerge.methods.enchtable import enchtable
+from jaxmerge.methods.fisher_merge import fisher_merge
 from jaxmerge.methods.interpolation import nearswap, slerp
 from jaxmerge.methods.isotropic import iso_c, iso_cts
 from jaxmerge.methods.lines import lines, scale_by_depth
@@ -28,7 +31,10 @@ from jaxmerge.methods.localization import consensus, keep_consensus, keep_needed
 from jaxmerge.methods.method import Granularity, Method
 from jaxmerge.methods.opcm import opcm
 from jaxmerge.methods.pcb import pcb
+from jaxmerge.methods.regmean import regmean
 from jaxmerge.methods.sce import sce
+from jaxmerge.methods.segments import segments
+from jaxmerge.methods.self_positioning import self_positioning
 from jaxmerge.methods.spherical import karcher, multislerp, nuslerp
 from jaxmerge.methods.stages import Stage, chain
 from jaxmerge.methods.task_arithmetic import scale, task_arithmetic, total, weigh
@@ -71,8 +77,13 @@ _METHODS: tuple[Callable[..., Method], ...] = (
     doge,
     enchtable,
     opcm,
+    fisher_merge,
+    regmean,
+    adamerging,
+    self_positioning,
     lines,
     passthrough,
+    segments,
     chain,
     partition,
     masked,
@@ -85,6 +96,7 @@ _STAGES: tuple[Callable[..., Stage], ...] = (
     keep_middle,
     rescale,
     elect_sign,
+    keep_elected,
     total,
     disjoint_mean,
     disjoint_sum,
@@ -95,6 +107,7 @@ _STAGES: tuple[Callable[..., Stage], ...] = (
     keep_needed,
     recover,
     ternarize,
+    concrete_mask,
 )
 
 

@@ -24,11 +24,10 @@ from jaxmerge.methods.task_arithmetic import Scale, Total, Weigh
 from jaxmerge.streaming.budget import AccessPlan, TensorBlocks, plan_access
 from jaxmerge.streaming.budgeted import BudgetedTensor, Scratch
 from jaxmerge.streaming.catalog import Catalog, paired
-from jaxmerge.streaming.fingerprint import stored_tensor
+from jaxmerge.streaming.fingerprint import Fingerprint, fingerprint, stored_tensor
 from jaxmerge.streaming.sizes import parse_share
 from jaxmerge.streaming.statistics import BlockStatistics, smallest_read
 from jaxmerge.trees.info import TensorInfo
-from jaxmerge.trees.paths import named_leaves
 
 BASE = "the base"
 """What the base is called among the opened checkpoints."""
@@ -72,21 +71,21 @@ def plan_job(
     for name in (BASE, *job.experts):
         if name not in sources:
             raise RecipeError(f"an I/O budget is about checkpoints, and {name} was given as a tree; pass its path")
-    base, experts = sources[BASE], {name: sources[name] for name in job.experts}
-    known = {name: catalog.statistics(base, expert) for name, expert in experts.items()}
-    hashed = {name: catalog.content(source) is not None for name, source in sources.items()}
+    states = {name: fingerprint(source) for name, source in sources.items()}
+    known, contents = _known(catalog, sources, job.experts, states)
     missing = {
-        name: expert for name, expert in experts.items() if known[name] is None or not hashed[name] or not hashed[BASE]
+        name: sources[name] for name in job.experts if known[name] is None or None in (contents[name], contents[BASE])
     }
-    analysed = catalog.add(base, missing, progress=progress) if missing else {}
+    analysed = catalog.add(sources[BASE], missing, progress=progress) if missing else {}
+    if missing:
+        states = {name: fingerprint(source) for name, source in sources.items()}
+        known, contents = _known(catalog, sources, job.experts, states)
     statistics: dict[str, dict[str, BlockStatistics]] = {}
-    for name, expert in experts.items():
-        found = known[name] if known[name] is not None else catalog.statistics(base, expert)
+    for name, found in known.items():
         if found is None:
-            raise CheckpointError(f"{expert.path} was changed while it was read; try again when it is complete")
+            raise CheckpointError(f"{sources[name].path} was changed while it was read; try again when it is complete")
         statistics[name] = found
-    tensors = list(_tensor_blocks(job, sources, statistics).values())
-    contents = {name: catalog.content(source) for name, source in sources.items()}
+    tensors = list(_tensor_blocks(job, sources, statistics, states).values())
     models = {name: contents[name] or "" for name in job.experts}
     method = _as_data(job, contents)
     if isinstance(budget, AccessPlan):
@@ -99,6 +98,17 @@ def plan_job(
             tensors, models, base=contents[BASE] or "", method=method, budget=limit, policy=policy, floors=floors
         )
     return plan, {name: n for name, n in analysed.items() if n}
+
+
+def _known(
+    catalog: Catalog, sources: Mapping[str, Checkpoint], experts: Sequence[str], states: Mapping[str, Fingerprint]
+) -> tuple[dict[str, dict[str, BlockStatistics] | None], dict[str, str | None]]:
+    """What a catalog knows: of each expert its statistics, of each model its content; None for what it does not."""
+    base = sources[BASE]
+    return (
+        {name: catalog.statistics(base, sources[name], (states[BASE], states[name])) for name in experts},
+        {name: catalog.content(source, states[name]) for name, source in sources.items()},
+    )
 
 
 def _check_same(
@@ -153,21 +163,24 @@ def sum_weights(method: Method, info: TensorInfo, count: int) -> Float[np.ndarra
         return None
     # The method itself tells: entry k of this merge is what it makes of expert k's unit task vector.
     method = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), method)
-    units = [jnp.eye(count)[k] for k in range(count)]
+    units: list[Any] = list(np.eye(count, dtype=np.float32))
     merged = method.merge_tensor(jnp.zeros(count), units, dataclasses.replace(info, shape=(count,)), ())
     return np.asarray(merged, np.float64)
 
 
 def _tensor_blocks(
-    job: Assignment, sources: Mapping[str, Checkpoint], statistics: Mapping[str, Mapping[str, BlockStatistics]]
+    job: Assignment,
+    sources: Mapping[str, Checkpoint],
+    statistics: Mapping[str, Mapping[str, BlockStatistics]],
+    states: Mapping[str, Fingerprint],
 ) -> dict[str, TensorBlocks]:
     """What the planner is told of each tensor; tied ones once."""
     # Statistics go by the name that a tensor has in its pair of checkpoints, where it may be tied differently.
-    names = {
-        expert: {(id(one), id(other)): name for name, (one, other) in paired(sources[BASE], sources[expert]).items()}
-        for expert in job.experts
-    }
-    leaves = {name: named_leaves(source.params) for name, source in sources.items()}
+    names: dict[str, dict[tuple[int, int], str]] = {}
+    for expert in job.experts:
+        pairs = paired(sources[BASE], sources[expert], (states[BASE], states[expert]))
+        names[expert] = {(id(one), id(other)): name for name, (one, other) in pairs.items()}
+    leaves = {name: state.leaves for name, state in states.items()}
     weights = _weights(job)
     result: dict[tuple[int, ...], TensorBlocks] = {}
     for name, task in job.tasks.items():
@@ -185,8 +198,10 @@ def _tensor_blocks(
         itemsize = [stored_tensor(leaf).dtype.itemsize for leaf in stored]
         merged, of_sum = None, weights[name]
         if of_sum is not None:
-            combined = sum(w * x.sketches.astype(np.float64) for w, x in zip(of_sum, found, strict=True))
-            merged = float(np.sum(np.square(combined)))
+            combined = np.zeros(found[0].sketches.shape, np.float32)
+            for w, x in zip(of_sum, found, strict=True):
+                combined += np.float32(w) * x.sketches
+            merged = float(np.sum(np.square(combined), dtype=np.float64))
         result[_identity(task)] = TensorBlocks(
             name,
             size,

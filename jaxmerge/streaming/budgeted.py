@@ -52,7 +52,12 @@ class BudgetedTensor(LazyTensor):
 
     def chosen_within(self, start: int, stop: int) -> int:
         """How many of the entries `start ... stop` are in chosen blocks."""
-        return sum(last - first for first, last, chosen in self._runs(start, stop) if chosen)
+        if start >= stop:
+            return 0
+        first, last = start // self.block, (stop - 1) // self.block
+        whole = int(self.chosen[first : last + 1].sum()) * self.block
+        before, after = start - first * self.block, (last + 1) * self.block - stop
+        return whole - before * bool(self.chosen[first]) - after * bool(self.chosen[last])
 
     @property
     def scratch_bytes(self) -> int:

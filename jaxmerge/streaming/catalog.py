@@ -16,7 +16,6 @@ import os
 import sqlite3
 import threading
 import types
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -27,54 +26,20 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmerge.checkpoints.base import Checkpoint, open_checkpoint
+from jaxmerge.checkpoints.writer import save_checkpoint
 from jaxmerge.errors import CheckpointError, RecipeError
 from jaxmerge.methods.lazy import CHUNK
+from jaxmerge.streaming.catalog_file import checksum, open_file, row_of, statistics_of
 from jaxmerge.streaming.fingerprint import Fingerprint, digest, fingerprint
 from jaxmerge.streaming.progress import Progress, showing
 from jaxmerge.streaming.sizes import format_bytes, parse_bytes
-from jaxmerge.streaming.statistics import BLOCK_BYTES, SKETCH, BlockStatistics, default_block, measure
+from jaxmerge.streaming.statistics import BLOCK_BYTES, BlockStatistics, default_block, entries_within, measure
+from jaxmerge.streaming.watched import WatchedTensor
 from jaxmerge.trees.checks import check_same_tensors, is_mergeable, name_experts
 from jaxmerge.trees.lazy import LazyTensor
-from jaxmerge.trees.paths import named_leaves
+from jaxmerge.trees.paths import Params, named_leaves
 
-_APPLICATION = 0x6A6D6361  # "jmca": how the file says that it is one of ours
-_MAGIC = b"SQLite format 3\0"
-_BUSY_SECONDS = 60.0
 _MOST_WORKERS = 4
-
-_MIGRATIONS = (
-    """
-    CREATE TABLE models (
-        id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, format TEXT NOT NULL, fingerprint TEXT NOT NULL,
-        content TEXT, parameters INTEGER NOT NULL, bytes INTEGER NOT NULL, added TEXT NOT NULL
-    );
-    CREATE TABLE tensors (
-        model INTEGER NOT NULL REFERENCES models ON DELETE CASCADE, name TEXT NOT NULL, dtype TEXT NOT NULL,
-        shape TEXT NOT NULL, fingerprint TEXT NOT NULL, content TEXT, PRIMARY KEY (model, name)
-    );
-    CREATE TABLE aliases (
-        model INTEGER NOT NULL REFERENCES models ON DELETE CASCADE, name TEXT NOT NULL, kept TEXT NOT NULL,
-        PRIMARY KEY (model, name)
-    );
-    CREATE TABLE statistics (
-        expert INTEGER NOT NULL REFERENCES models ON DELETE CASCADE,
-        base INTEGER NOT NULL REFERENCES models ON DELETE CASCADE,
-        name TEXT NOT NULL, expert_fingerprint TEXT NOT NULL, base_fingerprint TEXT NOT NULL,
-        size INTEGER NOT NULL, block INTEGER NOT NULL, norms BLOB NOT NULL, largest BLOB NOT NULL, zeros BLOB NOT NULL,
-        touched BLOB NOT NULL, sketches BLOB NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (expert, base, name)
-    );
-    CREATE TABLE plans (digest TEXT PRIMARY KEY, policy TEXT NOT NULL, budget INTEGER, added TEXT NOT NULL);
-    CREATE TABLE runs (
-        id INTEGER PRIMARY KEY, plan TEXT NOT NULL REFERENCES plans, out TEXT NOT NULL, method TEXT NOT NULL,
-        bound REAL, seconds REAL NOT NULL, finished TEXT NOT NULL
-    );
-    CREATE TABLE lineage (
-        run INTEGER NOT NULL REFERENCES runs, role TEXT NOT NULL, name TEXT NOT NULL, path TEXT NOT NULL,
-        content TEXT NOT NULL, planned INTEGER NOT NULL, fetched INTEGER NOT NULL, PRIMARY KEY (run, role, name)
-    );
-    """,
-)
-_ARRAYS = {"norms": np.float64, "largest": np.float64, "zeros": np.int64, "touched": np.int64, "sketches": np.float32}
 
 ModelSource = str | Path | Checkpoint
 """A checkpoint by path or URL, or an opened one."""
@@ -169,6 +134,54 @@ class Catalog:
             self._gather(models, blocks, display)
             return {name or "the base": model.bytes_read - before[name] for name, model in models.items()}
 
+    def save(
+        self,
+        path: str | Path,
+        params: Params,
+        *,
+        base: ModelSource,
+        block_bytes: int | str | None = None,
+        **options: Any,
+    ) -> Path:
+        """Saves an expert as `jm.save_checkpoint` does, and gathers its statistics on the way: it is not read again.
+
+        They are those that `add` gathers. The base is read alongside, once. Of an Orbax checkpoint, tensors that take
+        several chunks are read again.
+
+        Args:
+            path: where to.
+            params: a tree of arrays or lazy tensors, with the names and shapes of the base's.
+            base: the model that the expert was tuned from.
+            block_bytes: as for `add`; 1 MiB by default.
+            **options: as for `save_checkpoint`.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a tensor; nothing is saved.
+            StructureError, ShapeError: the tensors are not those of the base; nothing is saved.
+            MergeError: as `save_checkpoint` and `add` do.
+        """
+        blocks = BLOCK_BYTES if block_bytes is None else parse_bytes(block_bytes, "block_bytes")
+        with contextlib.ExitStack() as opened:
+            model = base if isinstance(base, Checkpoint) else opened.enter_context(open_checkpoint(base))
+            leaves, before = named_leaves(model.params), fingerprint(model)
+            given = {name: x if hasattr(x, "dtype") else np.asarray(x) for name, x in named_leaves(params).items()}
+            _check_tensors(leaves, "that is saved", given)
+            once: dict[int, Any] = {}  # tied tensors stay tied
+            for name, leaf in given.items():
+                if id(leaf) not in once and isinstance(leaf.dtype, np.dtype):  # others cannot be saved
+                    whole = options.get("format") == "orbax" or not is_mergeable(leaf)
+                    block = max(leaf.size, 1) if whole else entries_within(blocks, leaf.dtype)
+                    once[id(leaf)] = WatchedTensor(leaf, name, leaves[name], block)
+            watched = {name: once.get(id(leaf), leaf) for name, leaf in given.items()}
+            saved = save_checkpoint(path, watched, **options)
+            expert = opened.enter_context(open_checkpoint(saved))
+            self._note(model, expert, watched, before, blocks)
+            self.add(model, {"that is saved": expert}, block_bytes=block_bytes, progress=False)
+        return saved
+
     def list(self) -> tuple[CatalogEntry, ...]:
         """The models, by path, and whether they are as they were."""
         with self._lock:
@@ -203,7 +216,7 @@ class Catalog:
                 if tuple(row) != ("ok",):
                     raise CheckpointError(f"{self.path} is damaged ({tuple(row)}); open it again to have it rebuilt")
             for row in self._rows("SELECT * FROM statistics"):
-                if _checksum(row) != row["checksum"]:
+                if checksum(row) != row["checksum"]:
                     raise CheckpointError(f"{self.path} is damaged (statistics of {row['name']}); add the models again")
         return tuple(entry for entry in self.list() if entry.state != "fresh")
 
@@ -225,32 +238,56 @@ class Catalog:
             self._connection.execute("VACUUM")
         return len(gone)
 
-    def statistics(self, base: Checkpoint, expert: Checkpoint) -> dict[str, BlockStatistics] | None:
+    def statistics(
+        self, base: Checkpoint, expert: Checkpoint, states: tuple[Fingerprint, Fingerprint] | None = None
+    ) -> dict[str, BlockStatistics] | None:
         """The blocks of a task vector by tensor, for the names that `paired` gives; None unless all are known.
 
         Args:
             base: the opened base.
             expert: the opened expert.
+            states: the states of both, if they have just been looked at.
         """
-        states = fingerprint(base), fingerprint(expert)
+        states = states or (fingerprint(base), fingerprint(expert))
         with self._lock, self._reporting():
             rows = self._known(base, expert, *states)
-        pairs = paired(base, expert)
+        pairs = paired(base, expert, states)
         needed = {name for name, (leaf, _) in pairs.items() if is_mergeable(leaf)}
-        return {name: _statistics(rows[name]) for name in needed} if needed <= rows.keys() else None
+        return {name: statistics_of(rows[name]) for name in needed} if needed <= rows.keys() else None
 
-    def content(self, checkpoint: Checkpoint) -> str | None:
+    def content(self, checkpoint: Checkpoint, state: Fingerprint | None = None) -> str | None:
         """The hash of a model's contents: its tensors' names, dtypes, shapes and bytes. None unless it is known.
 
         Args:
             checkpoint: the opened model.
+            state: its state, if it has just been looked at.
         """
+        state = state or fingerprint(checkpoint)
         with self._lock, self._reporting():
             found = self._rows(
-                "SELECT content FROM models WHERE path = ? AND fingerprint = ?",
-                (_place(checkpoint), fingerprint(checkpoint).model),
+                "SELECT id, content FROM models WHERE path = ? AND fingerprint = ?",
+                (_place(checkpoint), state.model),
             )
-        return found[0]["content"] if found else None
+            known = [row["content"] for row in found if row["content"] == self._content(checkpoint, row["id"], state)]
+        return known[0] if known else None
+
+    def tensor_contents(self, checkpoint: Checkpoint, state: Fingerprint) -> dict[str, str]:
+        """What is known of the content of a checkpoint's tensors: name → hash; tied ones by any of their names.
+
+        Args:
+            checkpoint: an opened checkpoint.
+            state: the state it is in; what was learnt in another is not told.
+
+        Raises:
+            CheckpointError: the catalog cannot be read.
+        """
+        with self._lock, self._reporting():
+            rows = self._rows(
+                """SELECT tensors.name, tensors.content, tensors.fingerprint FROM tensors JOIN models
+                ON models.id = model WHERE models.path = ? AND tensors.content NOT NULL""",
+                (_place(checkpoint),),
+            )
+        return {row["name"]: row["content"] for row in rows if row["fingerprint"] == state.tensors.get(row["name"])}
 
     def gram(self, base: ModelSource, experts: Sequence[ModelSource]) -> Float[np.ndarray, "K K"]:
         r"""Inner products of task vectors. Nothing is read.
@@ -366,12 +403,7 @@ class Catalog:
         base, experts = models[""], {name: model for name, model in models.items() if name}
         leaves = named_leaves(base.params)
         for name, expert in experts.items():
-            # Dtypes may differ: differences are taken in float64.
-            shapes = {
-                key: jax.ShapeDtypeStruct(x.shape, leaves[key].dtype if key in leaves else x.dtype)
-                for key, x in named_leaves(expert.params).items()
-            }
-            check_same_tensors(leaves, {name: shapes}, "the base")
+            _check_tensors(leaves, name, named_leaves(expert.params))
         states = {name: fingerprint(model) for name, model in models.items()}
         with self._lock, self._reporting(), self._connection:
             ids = {name: self._register(model, states[name]) for name, model in models.items()}
@@ -398,17 +430,45 @@ class Catalog:
                     with self._lock, self._reporting(), self._connection:  # so that what was read survives a kill
                         self._store(ids, states, item.name, found, contents)
                     display.advance(item.nbytes)
-            except BaseException:
+            except BaseException as error:
                 for other in running:
                     other.cancel()
+                if isinstance(error, CheckpointError):
+                    self._forget_changed(models, states)
                 raise
-        for name, model in models.items():
-            if fingerprint(model).model != states[name].model:
-                with self._lock, self._reporting(), self._connection:
-                    self._connection.execute("DELETE FROM models WHERE path = ?", (_place(model),))
-                raise CheckpointError(f"{model.path} was changed while it was read; try again when it is complete")
+        changed = self._forget_changed(models, states)
+        if changed:
+            raise CheckpointError(f"{changed[0]} was changed while it was read; try again when it is complete")
         with self._lock, self._reporting(), self._connection:
             for name, model in models.items():
+                self._set_content(model, ids[name])
+
+    def _forget_changed(self, models: Mapping[str, Checkpoint], states: Mapping[str, Fingerprint]) -> Sequence[str]:
+        """Forgets models that are no longer in the state in which their reading began; answers their paths."""
+        changed = [model for name, model in models.items() if fingerprint(model).model != states[name].model]
+        with self._lock, self._reporting(), self._connection:
+            query = "DELETE FROM models WHERE path = ?"
+            self._connection.executemany(query, [(_place(model),) for model in changed])
+        return [model.path for model in changed]
+
+    def _note(
+        self, base: Checkpoint, expert: Checkpoint, watched: Mapping[str, Any], before: Fingerprint, block_bytes: int
+    ) -> None:
+        """Stores what was learnt while an expert was written."""
+        states = {"": fingerprint(base), "expert": fingerprint(expert)}
+        if states[""].model != before.model:
+            return
+        with self._lock, self._reporting(), self._connection:
+            ids = {"": self._register(base, states[""]), "expert": self._register(expert, states["expert"])}
+            for name, (one, other) in paired(base, expert).items():
+                x = watched[name]
+                if x.content is None or x.base is not one:
+                    continue
+                found: dict[str, BlockStatistics] = {}
+                if x.statistics is not None and x.block == default_block(other, block_bytes):
+                    found["expert"] = x.statistics
+                self._store(ids, states, name, found, {"": x.base_content, "expert": x.content})
+            for name, model in (("", base), ("expert", expert)):
                 self._set_content(model, ids[name])
 
     def _work(
@@ -464,12 +524,15 @@ class Catalog:
                 _now(),
             ),
         )
-        (row,) = self._rows("SELECT id FROM models WHERE path = ?", (_place(checkpoint),))
+        (row,) = self._rows("SELECT id, content FROM models WHERE path = ?", (_place(checkpoint),))
         number = row["id"]
         known = {
             row["name"]: row["fingerprint"]
             for row in self._rows("SELECT name, fingerprint FROM tensors WHERE model = ?", (number,))
         }
+        if row["content"] not in (None, self._content(checkpoint, number, state)):  # damaged: all is read again
+            known = dict.fromkeys(known)
+            self._connection.execute("UPDATE models SET content = NULL WHERE id = ?", (number,))
         gone = [(number, name) for name, found in known.items() if state.tensors.get(name) != found]
         self._connection.executemany("DELETE FROM tensors WHERE model = ? AND name = ?", gone)
         self._connection.executemany(
@@ -501,7 +564,7 @@ class Catalog:
             for row in rows
             if row["expert_fingerprint"] == of_expert.tensors.get(row["name"])
             and row["base_fingerprint"] == of_base.tensors.get(row["name"])
-            and row["checksum"] == _checksum(row)  # SQLite does not notice a byte that has changed within a value
+            and row["checksum"] == checksum(row)  # SQLite does not notice a byte that has changed within a value
         }
 
     def _store(
@@ -517,30 +580,32 @@ class Catalog:
             [(content, ids[model], name) for model, content in contents.items()],
         )
         for expert, x in found.items():
-            row = {
-                "expert": ids[expert],
-                "base": ids[""],
-                "name": name,
-                "expert_fingerprint": states[expert].tensors[name],
-                "base_fingerprint": states[""].tensors[name],
-                "size": x.size,
-                "block": x.block,
-                **{key: np.ascontiguousarray(getattr(x, key), dtype).tobytes() for key, dtype in _ARRAYS.items()},
-            }
-            row["checksum"] = _checksum(row)
+            row = row_of(
+                x,
+                expert=ids[expert],
+                base=ids[""],
+                name=name,
+                expert_fingerprint=states[expert].tensors[name],
+                base_fingerprint=states[""].tensors[name],
+            )
             places = ", ".join(f":{key}" for key in row)
-            self._connection.execute(f"INSERT OR REPLACE INTO statistics VALUES ({places})", row)
+            self._connection.execute(f"INSERT OR REPLACE INTO statistics ({', '.join(row)}) VALUES ({places})", row)
 
     def _set_content(self, checkpoint: Checkpoint, number: int) -> None:
-        """Notes the hash of a model's contents, once those of all its tensors are known. Tied ones count once."""
-        leaves, once = named_leaves(checkpoint.params), {}
+        """Notes the hash of a model's contents, once those of all its tensors are known."""
+        content = self._content(checkpoint, number)
+        self._connection.execute("UPDATE models SET content = ? WHERE id = ?", (content, number))
+
+    def _content(self, checkpoint: Checkpoint, number: int, state: Fingerprint | None = None) -> str | None:
+        """The hash of a model's contents from those of its tensors; None unless all are known. Tied ones count once."""
+        leaves, once = named_leaves(checkpoint.params) if state is None else state.leaves, {}
         for name in sorted(leaves, key=lambda name: name in checkpoint.aliases):
             once.setdefault(id(leaves[name]), name)
         rows = {row["name"]: row for row in self._rows("SELECT * FROM tensors WHERE model = ?", (number,))}
+        if any(name not in rows or rows[name]["content"] is None for name in once.values()):
+            return None
         parts = [[n, rows[n]["dtype"], rows[n]["shape"], rows[n]["content"]] for n in sorted(once.values())]
-        if all(part[3] is not None for part in parts):
-            content = digest([parts, sorted(checkpoint.aliases.items())])
-            self._connection.execute("UPDATE models SET content = ? WHERE id = ?", (content, number))
+        return digest([parts, sorted(checkpoint.aliases.items())])
 
     def _state(self, model: sqlite3.Row) -> str:
         try:
@@ -574,30 +639,23 @@ def open_catalog(path: str | Path | None) -> Catalog:
     Raises:
         CheckpointError: the file is something else, was written by a newer version, or cannot be written.
     """
-    if path is None:
-        return Catalog(None, _connected(":memory:"))
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size:
-            with open(path, "rb") as file:
-                if file.read(len(_MAGIC)) != _MAGIC:
-                    raise CheckpointError(f"{path} is no catalog; choose another path, or remove the file")
-        try:
-            return Catalog(path, _connected(str(path)))
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # busy, read-only, no such folder: nothing is damaged
-                raise
-            aside = _move_aside(path)
-            warnings.warn(f"the catalog {path} was damaged ({error}); it is now {aside}, and begun anew", stacklevel=2)
-            return Catalog(path, _connected(str(path)))
-    except (OSError, sqlite3.Error) as error:
-        raise CheckpointError(f"the catalog {path} cannot be opened: {error}; check its folder's mode") from error
+    path = None if path is None else Path(path)
+    return Catalog(path, open_file(path))
 
 
-def paired(base: Checkpoint, expert: Checkpoint) -> dict[str, tuple[LazyTensor, LazyTensor]]:
+def _check_tensors(base: Mapping[str, Any], name: str, expert: Mapping[str, Any]) -> None:
+    """Checks that an expert has the base's tensors; dtypes may differ, since differences are taken in float64."""
+    shapes = {
+        key: jax.ShapeDtypeStruct(x.shape, base[key].dtype if key in base else x.dtype) for key, x in expert.items()
+    }
+    check_same_tensors(base, {name: shapes}, "the base")
+
+
+def paired(
+    base: Checkpoint, expert: Checkpoint, states: tuple[Fingerprint, Fingerprint] | None = None
+) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     """The tensors of a base and an expert by name; tied ones once, under the name that both keep."""
-    leaves, others = named_leaves(base.params), named_leaves(expert.params)
+    leaves, others = (x.leaves for x in states) if states else (named_leaves(x.params) for x in (base, expert))
     result: dict[str, tuple[LazyTensor, LazyTensor]] = {}
     seen: set[tuple[int, int]] = set()
     for name in sorted(leaves, key=lambda name: (name in base.aliases) + (name in expert.aliases)):
@@ -605,76 +663,6 @@ def paired(base: Checkpoint, expert: Checkpoint) -> dict[str, tuple[LazyTensor, 
             seen.add((id(leaves[name]), id(others[name])))
             result[name] = (leaves[name], others[name])
     return result
-
-
-def _connected(path: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
-    try:
-        connection.row_factory = sqlite3.Row
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if tables and application != _APPLICATION:
-            raise CheckpointError(f"{path} is a database of another program; choose another path for the catalog")
-        if version > len(_MIGRATIONS):
-            raise CheckpointError(
-                f"{path} is a catalog of version {version}, and this jaxmerge knows versions up to {len(_MIGRATIONS)}; "
-                "upgrade jaxmerge, or choose another path"
-            )
-        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        if version < len(_MIGRATIONS):
-            _migrate(connection)
-        return connection
-    except BaseException:
-        connection.close()
-        raise
-
-
-def _migrate(connection: sqlite3.Connection) -> None:
-    """Brings a catalog to the present version, in one transaction, once even if several processes try."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        for script in _MIGRATIONS[version:]:
-            for statement in filter(str.strip, script.split(";")):
-                connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-        connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-
-
-def _move_aside(path: Path) -> Path:
-    """Renames a damaged catalog and what belongs to it."""
-    number = 0
-    while (aside := path.with_name(f"{path.name}.damaged{number or ''}")).exists():
-        number += 1
-    for suffix in ("-wal", "-shm", ""):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
-    return aside
-
-
-def _statistics(row: sqlite3.Row) -> BlockStatistics:
-    arrays = {key: np.frombuffer(row[key], dtype) for key, dtype in _ARRAYS.items()}
-    arrays["sketches"] = arrays["sketches"].reshape(-1, SKETCH)
-    return BlockStatistics(row["size"], row["block"], **arrays)
-
-
-def _checksum(row: Any) -> str:
-    """A hash of what a row of statistics says, and of what."""
-    told = hashlib.sha256(repr([row[key] for key in ("name", "expert_fingerprint", "base_fingerprint")]).encode())
-    told.update(repr((row["size"], row["block"])).encode())
-    for key in _ARRAYS:
-        told.update(row[key])
-    return told.hexdigest()
 
 
 def _place(checkpoint: Checkpoint) -> str:

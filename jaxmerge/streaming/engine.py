@@ -9,9 +9,10 @@ chunk is computed, waited for and written before the next one is read.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -21,12 +22,15 @@ import numpy as np
 from jaxtyping import Num, Shaped
 
 from jaxmerge.checkpoints.writer import CheckpointWriter
+from jaxmerge.errors import CheckpointError
 from jaxmerge.methods.assignment import TensorTask
 from jaxmerge.methods.lazy import Chunk, MergedTensor, Reader, empty_chunk, inputs, padded_size
 from jaxmerge.streaming.budgeted import read_beside_base
-from jaxmerge.streaming.manifest import BlockHashes
+from jaxmerge.streaming.journal import Journal
+from jaxmerge.streaming.manifest import BLOCK_BYTES, BlockHashes
 from jaxmerge.streaming.plan import Part, Plan, merges_within
 from jaxmerge.streaming.progress import Progress
+from jaxmerge.streaming.reuse import Known
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,12 +83,17 @@ class Workers:
         workers: one for each thread.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, count: int, chunk: int):
         # Each chunk's results are fresh memory. Once glibc's malloc has seen a large block come and go, it keeps what
         # is freed for the next chunk, instead of having the system take it away and zero it again.
         np.empty(_LARGE_BLOCK, np.uint8)
         self._stop = threading.Event()
-        self.workers = [Worker(plan.chunk, self._stop) for _ in range(plan.workers)]
+        self.workers = [Worker(chunk, self._stop) for _ in range(count)]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time by activity, summed over the workers."""
+        return {name: sum(worker.seconds[name] for worker in self.workers) for name in self.workers[0].seconds}
 
     def run(
         self, function: Callable[[Worker, Item], Result], items: Sequence[Item], alone: bool = False
@@ -216,8 +225,72 @@ class _AllWorkers(Reader):
         return self._workers.run(measure, items, alone=whole)
 
 
+def restore(
+    known: Mapping[str, Known],
+    workers: int,
+    writer: CheckpointWriter,
+    progress: Progress,
+    hashes: BlockHashes | None = None,
+    journal: Journal | None = None,
+) -> tuple[set[str], dict[str, float]]:
+    """Takes over tensors whose bytes are known, from an earlier output or from the files of a killed writer.
+
+    Args:
+        known: the tensors.
+        workers: how many threads do it.
+        writer: where they go.
+        progress: told what is done.
+        hashes: told their hashes.
+        journal: told what has been copied.
+
+    Returns:
+        The tensors that are complete now; the others did not have the hashes that they should have. And seconds by
+        activity, summed over the workers.
+    """
+
+    def take(worker: Worker, name: str) -> bool:
+        spec, found = writer.specs[name], known[name]
+        step = BLOCK_BYTES // spec.dtype.itemsize
+        for number, start in enumerate(range(0, spec.size, step)):
+            (values,) = worker.arrays(1, min(step, spec.size - start), spec.dtype)
+            try:
+                with worker.timed("read"):
+                    if found.source is None:
+                        writer.read_back(name, start, values)
+                    else:
+                        found.source.read_flat(start, values)
+                with worker.timed("hash"):
+                    same = hashlib.sha256(values.view(np.uint8).data).hexdigest() == found.blocks[number]
+            except CheckpointError:  # it is truncated
+                same = False
+            if not same:
+                writer.discard(name)
+                return False
+            if found.source is not None:
+                with worker.timed("write"):
+                    writer.write(name, start, values)
+            progress.advance(values.nbytes)
+        if hashes is not None:
+            hashes.take_over(name, found.blocks)
+        if found.source is None:
+            writer.take_over(name)
+        elif journal is not None:
+            journal.note(name, found.blocks)
+        return True
+
+    progress.begin("taking over", sum(writer.specs[name].nbytes for name in known))
+    pool = Workers(workers, BLOCK_BYTES)
+    names = list(known)
+    taken = pool.run(take, names)
+    return {name for name, complete in zip(names, taken, strict=True) if complete}, pool.seconds
+
+
 def stream(
-    plan: Plan, writer: CheckpointWriter, progress: Progress, hashes: BlockHashes | None = None
+    plan: Plan,
+    writer: CheckpointWriter,
+    progress: Progress,
+    hashes: BlockHashes | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, float]:
     """Does the work of a plan.
 
@@ -226,11 +299,12 @@ def stream(
         writer: where the tensors go; it is neither finished nor aborted here.
         progress: told what is done.
         hashes: told what is written.
+        journal: told which tensors are complete; it needs the hashes.
 
     Returns:
         Seconds by activity, summed over the workers.
     """
-    workers = Workers(plan)
+    workers = Workers(plan.workers, plan.chunk)
     parts = (*plan.shared, *plan.alone)
     for merged in dict.fromkeys(merged for part in parts for merged in merges_within(part.leaf)):
         if "model" in merged.task.method.passes:
@@ -245,16 +319,18 @@ def stream(
                 with worker.timed("hash"):
                     hashes.add(part.name, part.at + start, values)
             with worker.timed("write"):
-                writer.write(part.name, part.at + start, values)
+                complete = writer.write(part.name, part.at + start, values)
+            if complete and journal is not None and hashes is not None:
+                with worker.timed("write"):
+                    journal.note(part.name, hashes.blocks(part.name))
             progress.advance(values.size * part.dtype.itemsize)
 
-    progress.begin("merging", plan.to_write)
+    if parts:
+        progress.begin("merging", plan.to_write)
     workers.run(process, plan.shared)
     workers.release()
     workers.run(process, plan.alone, alone=True)
-    return {
-        activity: sum(worker.seconds[activity] for worker in workers.workers) for activity in workers.workers[0].seconds
-    }
+    return workers.seconds
 
 
 def _merged(worker: Worker, leaf: MergedTensor, part: Part) -> Iterator[tuple[int, Shaped[np.ndarray, " n"]]]:

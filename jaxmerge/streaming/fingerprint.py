@@ -7,23 +7,18 @@ learnt about the file is used as long as it is open, and never again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import weakref
-from pathlib import Path
 from typing import Any
 
 from jaxmerge.checkpoints.base import Checkpoint
 from jaxmerge.checkpoints.orbax import OrbaxTensor
 from jaxmerge.checkpoints.stored import StoredTensor
-from jaxmerge.checkpoints.stores import FileSource, FileStore, KvSource, wait
 from jaxmerge.trees.lazy import LazyTensor
 from jaxmerge.trees.paths import named_leaves
-
-_HEAD = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +29,13 @@ class Fingerprint:
         model: a hash of all of it.
         tensors: tensor name → a hash of the state of the file that holds it and of its place, dtype and shape there.
         lasting: whether it is the same when the checkpoint is opened again; false behind a URL without tags.
+        leaves: the tensors by name.
     """
 
     model: str
     tensors: dict[str, str]
     lasting: bool = True
+    leaves: dict[str, LazyTensor] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 def fingerprint(checkpoint: Checkpoint) -> Fingerprint:
@@ -48,8 +45,8 @@ def fingerprint(checkpoint: Checkpoint) -> Fingerprint:
         CheckpointError: the server that has its files does not answer.
     """
     states: dict[int, Any] = {}
-    tensors, lasting = {}, True
-    for name, leaf in named_leaves(checkpoint.params).items():
+    tensors, leaves, lasting = {}, named_leaves(checkpoint.params), True
+    for name, leaf in leaves.items():
         stored = stored_tensor(leaf)
         holder = stored.source if isinstance(stored, StoredTensor) else checkpoint
         if id(holder) not in states:
@@ -57,7 +54,7 @@ def fingerprint(checkpoint: Checkpoint) -> Fingerprint:
             lasting = lasting and holder not in _UNKNOWN
         place = getattr(stored, "offset", None)
         tensors[name] = digest([states[id(holder)], name, leaf.dtype.name, list(leaf.shape), place])
-    return Fingerprint(digest([sorted(tensors.items()), sorted(checkpoint.aliases.items())]), tensors, lasting)
+    return Fingerprint(digest([sorted(tensors.items()), sorted(checkpoint.aliases.items())]), tensors, lasting, leaves)
 
 
 def stored_tensor(leaf: LazyTensor) -> LazyTensor:
@@ -75,22 +72,8 @@ def digest(value: Any) -> str:
 
 def _state(holder: Any) -> Any:
     """What changes when a file (or the folder of an Orbax checkpoint) does, as plain data."""
-    if isinstance(holder, FileSource):
-        # The opened file, not whatever stands under its name by now.
-        found, head = os.fstat(holder._fd), os.pread(holder._fd, _HEAD, 0)
-        return [found.st_size, found.st_mtime_ns, hashlib.sha256(head).hexdigest()]
-    if isinstance(holder, KvSource):
-        generation = wait(holder._kv.read(holder._key, byte_range=slice(0, 1)), holder.label).stamp.generation
-        return generation.hex() if len(generation) > 1 else _unknown(holder)
-    if isinstance(holder, Checkpoint) and isinstance(holder._store, FileStore):
-        folder = Path(holder._store.folder)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        states = []
-        for path in files:
-            with contextlib.suppress(FileNotFoundError):
-                states.append([str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns])
-        return states
-    return _unknown(holder)
+    state = holder._store.state() if isinstance(holder, Checkpoint) else holder.state()
+    return _unknown(holder) if state is None else state
 
 
 _UNKNOWN: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()

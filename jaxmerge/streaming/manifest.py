@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import threading
+import types
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,6 +137,21 @@ class Output:
 
 
 @dataclasses.dataclass(frozen=True)
+class Copied:
+    """Tensors that were copied from an earlier output instead of being merged again.
+
+    Attributes:
+        path: that output, as it was given.
+        id: of its manifest.
+        tensors: name → its name there.
+    """
+
+    path: str
+    id: str
+    tensors: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """What is told beside the hashed part, because it may differ between merges that are the same.
 
@@ -145,6 +161,8 @@ class Run:
         memory_budget: bytes. With another one, sums may be taken in another order.
         bytes_read: bytes fetched from each checkpoint, by name.
         recipe: text of the recipe, where there was one.
+        keys: tensor → its keys (`jaxmerge.streaming.reuse`), by which a later merge knows that it would be the same.
+        copied: what was copied from an earlier output; None without one.
     """
 
     versions: dict[str, str]
@@ -152,6 +170,8 @@ class Run:
     memory_budget: int
     bytes_read: dict[str, int]
     recipe: str | None = None
+    keys: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    copied: Copied | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,10 +230,18 @@ class BlockHashes:
             del self._waiting[name, number]
         self._hashes[name][number] = hashlib.sha256(block).hexdigest()
 
+    def take_over(self, name: str, blocks: tuple[str, ...]) -> None:
+        """Takes the hashes of a tensor that is not given, because its bytes are there and have been hashed."""
+        self._hashes[name] = list(blocks)
+
+    def blocks(self, name: str) -> tuple[str, ...]:
+        """The hashes of a tensor's blocks, when all of its entries have been given."""
+        return tuple(self._hashes[name])
+
     def tensors(self) -> dict[str, TensorHash]:
         """The hashes, when every entry has been given."""
         return {
-            name: TensorHash(spec.dtype.name, spec.shape, tuple(self._hashes[name]), _together(self._hashes[name]))
+            name: TensorHash(spec.dtype.name, spec.shape, self.blocks(name), _together(self._hashes[name]))
             for name, spec in self._specs.items()
         }
 
@@ -287,6 +315,8 @@ def write_manifest(
     bytes_read: Mapping[str, int],
     recipe: str | None = None,
     io_plan: AccessPlan | None = None,
+    keys: Mapping[str, tuple[str, ...]] = types.MappingProxyType({}),
+    copied: Copied | None = None,
 ) -> str:
     """Writes the manifest of a folder that is about to be published, and makes it durable.
 
@@ -298,6 +328,8 @@ def write_manifest(
         bytes_read: bytes fetched from each checkpoint.
         recipe: text of the recipe.
         io_plan: the access plan of a merge within an I/O budget.
+        keys: the keys of the tensors.
+        copied: what was copied from an earlier output.
 
     Returns:
         The id.
@@ -309,7 +341,7 @@ def write_manifest(
         merge = dataclasses.replace(merge, plan=io_plan.digest)
     hashed = {"version": _VERSION, "merge": dataclasses.asdict(merge), "output": dataclasses.asdict(output)}
     finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    run = Run(_versions(), finished, memory_budget, dict(bytes_read), recipe)
+    run = Run(versions(), finished, memory_budget, dict(bytes_read), recipe, dict(keys), copied)
     found = digest(hashed)
     told = {
         "id": found,
@@ -418,7 +450,7 @@ def method_as_data(method: Any) -> Any:
         where = "jax" if isinstance(method, jax.Array) else "numpy"
         little = values.astype(values.dtype.newbyteorder("<"))
         return {"is": where, "dtype": values.dtype.name, "shape": list(values.shape), "bytes": little.tobytes().hex()}
-    if _classes().get(kind.__name__) is kind:
+    if _is_ours(kind):
         fields = {f.name: method_as_data(getattr(method, f.name)) for f in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
         return {"is": kind.__name__, "fields": fields}
     raise RecipeError(f"{method!r:.200} cannot be written down as data, so a merge with it cannot be replayed")
@@ -470,6 +502,14 @@ def _key_as_data(key: Any) -> Any:
 _PLAIN = frozenset(DTYPES.values())
 
 
+def _is_ours(kind: type) -> bool:
+    """Whether a class is one that methods are made of, and part of this library."""
+    made_of = (Method, Stage, ByDepth, Table)
+    return (
+        kind.__module__.startswith("jaxmerge.methods.") and issubclass(kind, made_of) and dataclasses.is_dataclass(kind)
+    )
+
+
 def _classes() -> dict[str, type]:
     """What methods are made of, by name: the classes of this library."""
     import jaxmerge.methods.registry as _  # noqa: F401, so that all of them exist
@@ -479,7 +519,7 @@ def _classes() -> dict[str, type]:
     while open_classes:
         cls = open_classes.pop()
         open_classes += cls.__subclasses__()
-        if cls.__module__.startswith("jaxmerge.methods.") and dataclasses.is_dataclass(cls):
+        if _is_ours(cls):
             found[cls.__name__] = cls
     return found
 
@@ -548,7 +588,8 @@ def _together(blocks: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, blocks))).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that arithmetic depends on."""
     found = {"python": platform.python_version()}
     for name in ("jaxmerge", "jax", "jaxlib", "numpy"):
         try:

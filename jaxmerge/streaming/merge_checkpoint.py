@@ -1,6 +1,8 @@
 """`merge_checkpoint` and `save_lazily`: from disk to disk, in a transaction, within a memory budget.
 
-Everything that headers tell is checked before a weight is read, and the output appears complete or not at all.
+Everything that headers tell is checked before a weight is read, and the output appears complete or not at all. What is
+there already is not merged again: tensors that a killed run of the same merge has finished, and tensors of an earlier
+output that would come out the same.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,23 @@ from jaxmerge.streaming.access import BASE, plan_job, restricted
 from jaxmerge.streaming.budget import AccessPlan
 from jaxmerge.streaming.budgeted import Scratch
 from jaxmerge.streaming.catalog import Catalog, open_catalog
-from jaxmerge.streaming.engine import stream
+from jaxmerge.streaming.engine import restore, stream
+from jaxmerge.streaming.fingerprint import digest, fingerprint
+from jaxmerge.streaming.journal import Journal
 from jaxmerge.streaming.manifest import (
     BLOCK_BYTES,
     MANIFEST,
     BlockHashes,
+    Copied,
     Merge,
     Output,
     describe_merge,
     write_manifest,
 )
 from jaxmerge.streaming.plan import Plan, make_plan, merges_within
-from jaxmerge.streaming.progress import showing
+from jaxmerge.streaming.progress import Progress, showing
 from jaxmerge.streaming.report import StreamReport, peak_memory
+from jaxmerge.streaming.reuse import Keys, Known, Previous, tensor_keys
 from jaxmerge.streaming.sizes import format_bytes, parse_bytes
 from jaxmerge.trees.checks import cast, is_mergeable, name_experts
 from jaxmerge.trees.info import Rules
@@ -74,6 +80,7 @@ def merge_checkpoint(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     manifest: bool = True,
+    reuse: str | Path | None = None,
     recipe: str | None = None,
     progress: bool | None = None,
 ) -> StreamReport:
@@ -82,7 +89,9 @@ def merge_checkpoint(
     The result is that of `jm.merge` on the loaded checkpoints, in the base's names, shapes and dtypes (the first
     expert's without a base), with its metadata and, for Hugging Face folders, its config, tokenizer and other files.
     It is written to a hidden folder beside `out` and renamed when it is complete and durable: whatever happens before
-    that, `out` stays as it was, and the next run clears what a killed one left.
+    that, `out` stays as it was. Where the output gets a manifest, the next run of the same merge goes on where a killed
+    one ended: tensors that were finished are read back and hashed instead of being merged again. Any other run clears
+    what a killed one left.
 
     With an I/O budget only some blocks of the experts' tensors are read, and the base stands in for the others: the
     result is the merge of experts whose task vectors are zero there. Tensors that are not floating point are then the
@@ -103,7 +112,8 @@ def merge_checkpoint(
             what they hold, such as "10%"; or a plan made by `plan_merge`. It needs a base. Statistics that the catalog
             lacks are gathered first, which reads everything once. A method that measures keeps fetched blocks in a
             temporary file beside `out`.
-        catalog: a catalog or its path; None gathers statistics for this call alone.
+        catalog: a catalog or its path; None gathers statistics for this call alone. It also tells the content of
+            tensors to `reuse`.
         policy: how blocks are chosen: `"greedy_value"` reads where the most is to be gained per byte, `"uniform_hash"`
             by a hash of the blocks' names, `"full"` everything.
         floors: how many blocks of each expert, and of each tensor, are chosen before all others.
@@ -112,6 +122,9 @@ def merge_checkpoint(
         allow_nonfinite: let NaN and infinity in the inputs pass.
         manifest: write down in a folder (`jaxmerge.json`) what it was made from, with paths as they are given here,
             and hashes of its tensors, for `verify_checkpoint`. Single files have no place for it.
+        reuse: an earlier output with a manifest; it may be the one that is to be replaced. Tensors that would come out
+            as they are there are copied, and nothing of them is read from base and experts (so these are not searched
+            for NaN again). The result is that of a merge without it.
         recipe: text that the manifest keeps, such as the recipe that the merge was read from.
         progress: show what will be read, written and needed, and a bar; by default in a terminal or notebook.
 
@@ -142,14 +155,16 @@ def merge_checkpoint(
                 allow_nonfinite=allow_nonfinite,
             )
         opening, seconds = time.perf_counter() - started, {}
-        access, analysed, known = None, {}, None
-        if io_budget is None:
+        access, analysed = None, {}
+        # Without a budget, a catalog is asked only for what it knows.
+        there = isinstance(catalog, Catalog) or (catalog is not None and Path(catalog).exists())
+        known = _catalog(opened, catalog) if io_budget is not None or there else None
+        if io_budget is None or known is None:
             merged = merge_lazily(job, allow_nonfinite)
         else:
             _check_conflict(Path(out), sources)  # before everything is read for statistics
             if os.path.lexists(out) and not overwrite:
                 raise ConflictError(f"{out} exists already; remove it, choose another name or pass overwrite=True")
-            known = _catalog(opened, catalog)
             access, analysed = plan_job(job, sources, known, io_budget, policy, floors, progress)
             scratch = Scratch(Path(out).absolute().parent)
             opened.callback(scratch.close)
@@ -157,21 +172,17 @@ def merge_checkpoint(
             seconds = {"choose": time.perf_counter() - started - opening}
         if dtype is not None:
             merged = cast(merged, dtype)
-        report = _saved(
-            merged,
+        target = _Target(
             out,
-            format=format,
-            metadata=None if reference is None else reference.metadata,
-            side_files=_side_files(reference, dtype) if reference and _is_hugging_face(out, format) else None,
-            memory_budget=memory_budget,
-            max_shard_bytes=max_shard_bytes,
-            overwrite=overwrite,
-            progress=progress,
-            sources=sources,
-            access=access,
-            about=about,
-            recipe=recipe,
+            format,
+            None if reference is None else reference.metadata,
+            _side_files(reference, dtype) if reference and _is_hugging_face(out, format) else None,
+            max_shard_bytes,
+            overwrite,
         )
+        previous = None if reuse is None else opened.enter_context(Previous(reuse))
+        context = _Context(sources, access, about, recipe, previous, known)
+        report = _saved(merged, target, memory_budget, progress, context)
         seconds = {"open": opening, **seconds, **report.seconds}
         report = dataclasses.replace(report, seconds=seconds, io_plan=access, bytes_analysed=analysed)
         if access is not None and known is not None:
@@ -329,41 +340,49 @@ def save_lazily(
         ConflictError: `out` exists, is one of the sources, or is being written by somebody else.
         NonFiniteError: a merged tensor has NaN or infinity in an input.
     """
-    return _saved(
-        params,
-        out,
-        format=format,
-        metadata=metadata,
-        side_files=side_files,
-        memory_budget=memory_budget,
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-        progress=progress,
-        sources=sources or {},
-    )
+    target = _Target(out, format, metadata, side_files, max_shard_bytes, overwrite)
+    return _saved(params, target, memory_budget, progress, _Context(sources or {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where a tree is saved, and how; see `save_lazily`."""
+
+    out: str | Path
+    format: str | None
+    metadata: Mapping[str, str] | None
+    side_files: Mapping[str, Path | bytes] | None
+    max_shard_bytes: int | str | None
+    overwrite: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """What is known about a tree that is saved.
+
+    Attributes:
+        sources: the checkpoints that it is read from.
+        access: what may be read from them; the output is not published if it was more.
+        about: what the merge is; the output gets a manifest then.
+        recipe: its text.
+        previous: an earlier output, of which tensors may be copied.
+        catalog: what is known about the sources.
+    """
+
+    sources: Mapping[str, Checkpoint]
+    access: AccessPlan | None = None
+    about: Merge | None = None
+    recipe: str | None = None
+    previous: Previous | None = None
+    catalog: Catalog | None = None
 
 
 def _saved(
-    params: Params,
-    out: str | Path,
-    *,
-    format: str | None,
-    metadata: Mapping[str, str] | None,
-    side_files: Mapping[str, Path | bytes] | None,
-    memory_budget: int | str,
-    max_shard_bytes: int | str | None,
-    overwrite: bool,
-    progress: bool | None,
-    sources: Mapping[str, Checkpoint],
-    access: AccessPlan | None = None,
-    about: Merge | None = None,
-    recipe: str | None = None,
+    params: Params, target: _Target, memory_budget: int | str, progress: bool | None, context: _Context
 ) -> StreamReport:
-    """Does what `save_lazily` does; the output is not published if more was read than an access plan says.
-
-    Given what the merge is about, the output gets a manifest.
-    """
+    """Does what `save_lazily` does, and what the context asks for."""
     started = time.perf_counter()
+    out, format, max_shard_bytes, sources = target.out, target.format, target.max_shard_bytes, context.sources
     _check_conflict(Path(out), sources)
     tensors, aliases = _stored_once(params, sources)
     if max_shard_bytes is None and _is_hugging_face(out, format):
@@ -372,9 +391,19 @@ def _saved(
     shards = None if max_shard_bytes is None else parse_bytes(max_shard_bytes, "max_shard_bytes")
     plan = make_plan(tensors, budget)
     specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    hashes = None if about is None else BlockHashes(specs)
+    keys: Keys = {}
+    if context.about is not None or context.previous is not None:
+        keys = tensor_keys(tensors, sources, context.catalog, plan.chunk)
+    copied = {} if context.previous is None else context.previous.find(keys)
+    hashes, journal = None, None
+    if context.about is not None:
+        hashes, journal = BlockHashes(specs), _journal(context.about, context.access, keys)
     already_read = {name: source.bytes_read for name, source in sources.items()}
-    with showing(progress) as display:
+    # Byte sources notice for themselves when they change; an Orbax folder is many files, looked at before and after.
+    folders = {name: fingerprint(source).model for name, source in sources.items() if source.format == "orbax"}
+    with showing(progress) as display, contextlib.ExitStack() as closing:
+        if journal is not None:
+            closing.callback(journal.close)
         display.say(
             f"{out}: {len(tensors)} tensors, {format_bytes(plan.to_read)} to read, "
             f"{format_bytes(plan.to_write)} to write, at most {format_bytes(plan.memory)} of memory"
@@ -383,43 +412,104 @@ def _saved(
             out,
             specs,
             format=format,
-            metadata=metadata,
+            metadata=target.metadata,
             aliases=aliases,
             max_shard_bytes=shards,
             # The manifest of an input tells nothing about the output.
-            side_files={name: file for name, file in (side_files or {}).items() if name != MANIFEST},
-            overwrite=overwrite,
+            side_files={name: file for name, file in (target.side_files or {}).items() if name != MANIFEST},
+            overwrite=target.overwrite,
+            resume=None if journal is None else journal.resume,
         ) as writer:
             planned = time.perf_counter()
-            worker_seconds = stream(plan, writer, display, hashes)
+            finished: dict[str, Known] = {}
+            if journal is not None:
+                journal.begin(writer)
+                finished = {name: Known(blocks) for name, blocks in journal.finished.items() if name in keys}
+            known = {**copied, **finished}
+            here: set[str] = set()
+            seconds: dict[str, float] = {}
+            if known:
+                _say_known(display, known, tensors, context.previous)
+                here, seconds = restore(known, plan.workers, writer, display, hashes, journal)
+                _warn_damaged(copied, finished, here, context.previous)
+            rest = plan.without(here)
+            worker_seconds = stream(rest, writer, display, hashes, journal)
+            worker_seconds = {name: s + seconds.get(name, 0.0) for name, s in worker_seconds.items()}
+            for name, state in folders.items():
+                if fingerprint(sources[name]).model != state:
+                    raise CheckpointError(
+                        f"{sources[name].path} was changed while it was read; try again when it is complete"
+                    )
             streamed = time.perf_counter()
             read = {name: source.bytes_read - already_read[name] for name, source in sources.items()}
-            if access is not None:
-                _check_fetched(access, sources, read)
-            if about is not None and hashes is not None:
+            if context.access is not None:
+                _check_fetched(context.access, sources, read)
+            from_previous = {name: copied[name].name for name in sorted(here) if name not in finished}
+            if context.about is not None and hashes is not None:
                 output = Output(format or "safetensors", shards, BLOCK_BYTES, hashes.tensors(), aliases)
+                earlier = context.previous
                 write_manifest(
                     writer.folder,
-                    about,
+                    context.about,
                     output,
                     memory_budget=budget,
                     bytes_read=read,
-                    recipe=recipe,
-                    io_plan=access,
+                    recipe=context.recipe,
+                    io_plan=context.access,
+                    keys=keys,
+                    copied=Copied(earlier.path, earlier.manifest.id, from_previous) if earlier else None,
                 )
         published = time.perf_counter()
+    resumed = [name for name in here if name in finished]
     return StreamReport(
         path=writer.path,
         tensors=len(tensors),
         merged=len({part.name for part in (*plan.shared, *plan.alone) if merges_within(part.leaf)}),
         bytes_read=read,
-        bytes_written=plan.to_write,
+        bytes_written=plan.to_write - sum(tensors[name].nbytes for name in resumed),
         seconds={"plan": planned - started, "stream": streamed - planned, "publish": published - streamed},
         worker_seconds=worker_seconds,
         workers=plan.workers,
         memory_planned=plan.memory,
         memory_peak=peak_memory(),
+        resumed=len(resumed),
+        reused=len(from_previous),
     )
+
+
+def _journal(about: Merge, access: AccessPlan | None, keys: Keys) -> Journal | None:
+    """The journal of a merge; None if nothing tells whether the inputs of a tensor are the same in a later run."""
+    if not keys:
+        return None
+    plan = None if access is None else access.digest
+    # The first key tells inputs by their files, whatever a catalog has learnt meanwhile.
+    first = {name: found[0] for name, found in keys.items()}
+    return Journal(digest([dataclasses.asdict(about), plan, first, BLOCK_BYTES]))
+
+
+def _say_known(
+    display: Progress, known: Mapping[str, Known], tensors: Mapping[str, LazyTensor], previous: Previous | None
+) -> None:
+    """Tells what is taken over instead of being merged."""
+    copied = "" if previous is None else f"copied from {previous.path}"
+    for from_previous, text in ((True, copied), (False, "here from a run that was killed")):
+        names = [name for name, found in known.items() if (found.source is not None) == from_previous]
+        if names:
+            size = format_bytes(sum(tensors[name].nbytes for name in names))
+            display.say(f"{len(names)} tensors ({size}) are {text}")
+
+
+def _warn_damaged(
+    copied: Mapping[str, Known], finished: Mapping[str, Known], here: Collection[str], previous: Previous | None
+) -> None:
+    damaged = [found.name for name, found in copied.items() if name not in here and name not in finished]
+    if damaged and previous is not None:
+        more = "" if len(damaged) == 1 else f" and {len(damaged) - 1} more tensors"
+        warnings.warn(
+            f"{previous.path}: {damaged[0]!r}{more} is not what was written there, and was merged again; "
+            "look with jaxmerge verify",
+            stacklevel=2,
+        )
 
 
 def _check_fetched(plan: AccessPlan, sources: Mapping[str, Checkpoint], read: Mapping[str, int]) -> None:

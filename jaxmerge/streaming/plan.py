@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -73,6 +73,15 @@ class Plan:
     to_write: int
     io_plan: AccessPlan | None = None
 
+    def without(self, names: Collection[str]) -> Plan:
+        """The plan for the other tensors. Nothing else changes, chunks above all: sums are taken as they were."""
+        if not names:
+            return self
+        shared, alone = ([part for part in parts if part.name not in names] for parts in (self.shared, self.alone))
+        parts = (*shared, *alone)
+        to_write = sum((part.stop - part.start) * part.dtype.itemsize for part in parts)
+        return dataclasses.replace(self, shared=shared, alone=alone, to_read=_parts_to_read(parts), to_write=to_write)
+
 
 def make_plan(tensors: Mapping[str, LazyTensor], budget: int) -> Plan:
     """Cuts tensors into parts.
@@ -113,7 +122,7 @@ def make_plan(tensors: Mapping[str, LazyTensor], budget: int) -> Plan:
         workers,
         chunk,
         max([together, *(part.memory for part in alone)]),
-        sum(_to_read(leaf, keep) for leaf, keep in {part.leaf: part.keep for part in (*shared, *alone)}.items()),
+        _parts_to_read((*shared, *alone)),
         sum(tensor.nbytes for tensor in tensors.values()),
     )
 
@@ -190,6 +199,10 @@ def _reading(leaf: LazyTensor, n: int) -> int:
     if isinstance(leaf, BudgetedTensor):
         return leaf.scratch_bytes + max(_reading(leaf.expert, n), _reading(leaf.base, n))
     return max((2 * n * source.dtype.itemsize + _reading(source, n) for source in _sources(leaf)), default=0)
+
+
+def _parts_to_read(parts: Sequence[Part]) -> int:
+    return sum(_to_read(leaf, keep) for leaf, keep in {part.leaf: part.keep for part in parts}.items())
 
 
 def _to_read(leaf: LazyTensor, keep: bool) -> int:

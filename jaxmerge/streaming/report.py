@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
+import re
 import resource
 import sys
 from collections.abc import Mapping
@@ -34,6 +36,8 @@ class StreamReport:
         io_plan: the blocks that were read from the experts within an I/O budget; None without one. What was fetched is
             in `bytes_read`, what was planned in `io_plan.planned`; the first is never more.
         bytes_analysed: bytes read before that, from each checkpoint by name, for statistics that no catalog had.
+        resumed: how many tensors a killed run had written; they were read back, and not counted in `bytes_written`.
+        reused: how many tensors were copied from an earlier output.
     """
 
     path: Path
@@ -48,6 +52,8 @@ class StreamReport:
     memory_peak: int
     io_plan: AccessPlan | None = None
     bytes_analysed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    resumed: int = 0
+    reused: int = 0
 
     def rows(self) -> list[tuple[str, str]]:
         """The table: what, how much."""
@@ -58,6 +64,8 @@ class StreamReport:
         planned = {} if plan is None else {name: f" ({format_bytes(n)} planned)" for name, n in plan.planned.items()}
         return [
             ("tensors", f"{self.merged} merged, {self.tensors - self.merged} copied"),
+            *([("taken over from a killed run", f"{self.resumed} tensors")] if self.resumed else []),
+            *([("copied from an earlier output", f"{self.reused} tensors")] if self.reused else []),
             *([("read before, for statistics", format_bytes(analysed))] if analysed else []),
             *((f"read from {name}", format_bytes(n) + planned.get(name, "")) for name, n in self.bytes_read.items()),
             *([] if plan is None else [row for row in plan.rows() if not row[0].startswith("planned from")]),
@@ -94,5 +102,9 @@ class StreamReport:
 
 def peak_memory() -> int:
     """Largest resident memory of this process since it started, in bytes."""
+    with contextlib.suppress(OSError):  # Linux; getrusage would tell of the program that started this one, too
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

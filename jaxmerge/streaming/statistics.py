@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmerge.checkpoints.orbax import OrbaxTensor
 from jaxmerge.checkpoints.stored import StoredTensor
@@ -77,9 +77,13 @@ class BlockStatistics:
 
 def default_block(tensor: LazyTensor, block_bytes: int) -> int:
     """Entries per block of a stored tensor: a power of two of at most so many bytes, or what can be fetched alone."""
-    grain = smallest_read(tensor)
-    power = 1 << max(block_bytes // tensor.dtype.itemsize, 1).bit_length() - 1
+    grain, power = smallest_read(tensor), entries_within(block_bytes, tensor.dtype)
     return power if grain == 1 else min(grain * -(-power // grain), max(tensor.size, 1))
+
+
+def entries_within(block_bytes: int, dtype: np.dtype) -> int:
+    """The largest power of two of entries that take no more bytes; at least one."""
+    return 1 << max(block_bytes // dtype.itemsize, 1).bit_length() - 1
 
 
 def smallest_read(tensor: LazyTensor) -> int:
@@ -124,51 +128,85 @@ def measure(
     """
     floating = is_mergeable(base)
     sources = {key: x for key, x in {"": base, **experts}.items() if floating or key in hashes}
-    piece = min(block, CHUNK)
-    buffers = {key: np.empty(padded_size(piece, CHUNK), x.dtype) for key, x in sources.items()}
-    count = -(-base.size // block)
-    sums = {key: np.zeros((4, count)) for key in experts}
-    sketches = {key: np.zeros((count, SKETCH), np.float32) for key in experts}
-    for b, at, n in _pieces(base.size, block, piece):
+    tallies = {key: Tally(name, base.size, block) for key in experts} if floating else {}
+    buffers = {key: piece_buffer(block, x.dtype) for key, x in sources.items()}
+    for at, n in pieces(base.size, block):
         for key, source in sources.items():
             source.read_flat(at, buffers[key][:n])
             buffers[key][n:] = np.zeros((), source.dtype)
             if key in hashes:
                 hashes[key].update(buffers[key][:n].view(np.uint8).data)
-        for key in experts if floating else ():
-            found = _measured(buffers[""], buffers[key], np.uint32(at & 0xFFFFFFFF))
-            square, largest, zeros, touched, table = (np.asarray(x) for x in found)  # waits: the memory is used again
-            if not np.isfinite(square):
-                wrong = not np.isfinite(buffers[""].astype(np.float64)).all()
-                raise NonFiniteError(
-                    f"{'the base' if wrong else f'expert {key!r}'}, tensor {name!r}: found NaN or infinity (or a "
-                    "difference too large to be squared), expected finite numbers; repair or leave out that model"
-                )
-            sums[key][:, b] += np.array([square, 0, zeros - (len(buffers[key]) - n), touched])
-            sums[key][1, b] = max(sums[key][1, b], largest)
-            sketches[key][b] += np.bincount(_BINS, table.reshape(-1), SKETCH).astype(np.float32)
-    if not floating:
-        return {}
-    return {
-        key: BlockStatistics(
-            base.size,
-            block,
+        for key, tally in tallies.items():
+            tally.add(at, n, buffers[""], buffers[key], f"expert {key!r}")
+    return {key: tally.statistics() for key, tally in tallies.items()}
+
+
+class Tally:
+    """The statistics of one tensor of a task vector, added up from its pieces. Needs JAX's x64 to be on.
+
+    Args:
+        name: the tensor's name, for messages.
+        size: its number of entries.
+        block: entries per block.
+    """
+
+    def __init__(self, name: str, size: int, block: int):
+        self._name, self._size, self._block = name, size, block
+        count = -(-size // block)
+        self._sums = np.zeros((4, count))
+        self._sketches = np.zeros((count, SKETCH), np.float32)
+
+    def add(self, at: int, n: int, base: Shaped[np.ndarray, " m"], expert: Shaped[np.ndarray, " m"], who: str) -> None:
+        """Adds one of the tensor's `pieces`; they come in order.
+
+        Args:
+            at: its first entry.
+            n: how many entries it has.
+            base: the base's entries, followed by zeros; a `piece_buffer`.
+            expert: the expert's.
+            who: what the expert is called in messages.
+
+        Raises:
+            NonFiniteError: NaN or infinity in one of the two.
+        """
+        b = at // self._block
+        found = _measured(base, expert, np.uint32(at & 0xFFFFFFFF))
+        square, largest, zeros, touched, table = (np.asarray(x) for x in found)  # waits: the memory is used again
+        if not np.isfinite(square):
+            wrong = not np.isfinite(base.astype(np.float64)).all()
+            raise NonFiniteError(
+                f"{'the base' if wrong else who}, tensor {self._name!r}: found NaN or infinity (or a "
+                "difference too large to be squared), expected finite numbers; repair or leave out that model"
+            )
+        self._sums[:, b] += np.array([square, 0, zeros - (len(expert) - n), touched])
+        self._sums[1, b] = max(self._sums[1, b], largest)
+        self._sketches[b] += np.bincount(_BINS, table.reshape(-1), SKETCH).astype(np.float32)
+
+    def statistics(self) -> BlockStatistics:
+        """The statistics, once all pieces were added."""
+        square, largest, zeros, touched = self._sums
+        return BlockStatistics(
+            self._size,
+            self._block,
             np.sqrt(square),
             largest,
             zeros.astype(np.int64),
             touched.astype(np.int64),
-            sketches[key],
+            self._sketches,
         )
-        for key, (square, largest, zeros, touched) in sums.items()
-    }
 
 
-def _pieces(size: int, block: int, piece: int) -> Iterator[tuple[int, int, int]]:
-    """Blocks in pieces: number of the block, first entry and number of entries of each piece."""
-    for b, start in enumerate(range(0, size, block)):
+def piece_buffer(block: int, dtype: np.dtype) -> Shaped[np.ndarray, " m"]:
+    """Memory for one piece of a tensor that is cut into such blocks."""
+    return np.empty(padded_size(min(block, CHUNK), CHUNK), dtype)
+
+
+def pieces(size: int, block: int) -> Iterator[tuple[int, int]]:
+    """The pieces in which a tensor is measured: first entry and number of entries. None is in two blocks."""
+    for start in range(0, size, block):
         stop = min(start + block, size)
-        for at in range(start, stop, piece):
-            yield b, at, min(piece, stop - at)
+        for at in range(start, stop, CHUNK):
+            yield at, min(CHUNK, stop - at)
 
 
 # Which bin the entry in row r and column c of a 64 x 64 table goes to. The columns of each row are shifted by another

@@ -240,3 +240,24 @@ def test_a_closed_checkpoint_says_so_and_never_reads_another_file(tmp_path):
         with pytest.raises(CheckpointError, match="was closed; open it again"):
             tensor[:3]
     checkpoint.close()
+
+
+def test_a_source_tells_its_state_and_is_one_file_in_one_state(tmp_path, server):
+    save_checkpoint(tmp_path / "m.safetensors", {"w": np.ones(100)})
+
+    def opened(location):
+        source = stores.open_store(location, None)[0].source("m.safetensors")
+        assert source is not None
+        return source
+
+    source = opened(tmp_path)
+    before = source.state()
+    assert before == opened(tmp_path).state() is not None
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "m.safetensors").rename(tmp_path / "moved/m.safetensors")
+    assert len(source.read(8, 8)) == 8, "what was moved away lives on"
+    save_checkpoint(tmp_path / "m.safetensors", {"w": np.zeros(100)})
+    with pytest.raises(CheckpointError, match="changed while it was read, or another one took its place"):
+        source.read(8, 8)
+    assert opened(server.url).state() is None, "it gives no tags"
+    assert opened(tmp_path).state() != before

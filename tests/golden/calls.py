@@ -212,7 +212,12 @@ class MergedTaskVector:
     def outputs(self, case: Case) -> Tensors:
         names = [name for name in case.base if name != self.without]
         deltas = [{name: expert[name] - case.base[name] for name in names} for expert in case.experts[: self.experts]]
-        merged = jax.device_get(jm.merge(self.method, on_device(deltas), base=on_device(zeros_like(deltas[0]))))
+        base = zeros_like(deltas[0])
+        if self.method.whole_tensor:
+            merged = jax.device_get(jm.merge(self.method, on_device(deltas), base=on_device(base)))
+        else:  # one program serves every shape
+            lazily = jm.merge(self.method, [lazy(delta) for delta in deltas], base=lazy(base))
+            merged = {name: read(tensor) for name, tensor in lazily.items()}
         return {"merged_tv": np.concatenate([merged[n].ravel() for n in self.order])} if self.order else merged
 
 

@@ -7,18 +7,32 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tests.golden import calls, continual_calls, interference_calls, omp_calls, spectral_calls
+from tests.golden import (
+    calls,
+    continual_calls,
+    interference_calls,
+    learning_calls,
+    omp_calls,
+    spectral_calls,
+    statistics_calls,
+    subspace_calls,
+)
 from tests.golden.calls import FUSION_BENCH
 
 ROWS: dict[tuple[str, str, str], Callable[..., Any]] = (
-    calls.ROWS | omp_calls.ROWS | spectral_calls.ROWS | continual_calls.ROWS | interference_calls.ROWS
+    calls.ROWS
+    | omp_calls.ROWS
+    | spectral_calls.ROWS
+    | continual_calls.ROWS
+    | interference_calls.ROWS
+    | learning_calls.ROWS
+    | statistics_calls.ROWS
+    | subspace_calls.ROWS
 )
 
 NOT_IMPLEMENTED: frozenset[Any] = frozenset(
     {
-        "adamerging",
         "alignment",
-        "datadriven",
         ("lora", FUSION_BENCH),  # KnOTS
         ("lora", "gstoica27/KnOTS"),
         "peft",

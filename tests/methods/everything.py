@@ -83,6 +83,7 @@ EVERYTHING = {
         jm.model_stock(axis=-1, clip=True), _bind(reference.model_stock, fibres=True, clip=True), reduces=True
     ),
     "task_arithmetic": Entry(jm.task_arithmetic(0.4, weights=WEIGHTS), _bind(reference.task_arithmetic, scale=0.4)),
+    "adamerging": Entry(jm.adamerging(WEIGHTS), _bind(reference.task_arithmetic, scale=1.0)),
     "task_arithmetic_mean": Entry(
         jm.task_arithmetic(0.4, weights=WEIGHTS, normalize=True),
         _bind(reference.task_arithmetic, scale=0.4, normalize=True),

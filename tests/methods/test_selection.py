@@ -11,7 +11,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmerge.methods import selection
-from jaxmerge.methods.selection import OrderStatisticSearch, kth_largest, rank_words
+from jaxmerge.methods.selection import (
+    OrderStatisticSearch,
+    from_ordered_keys,
+    kth_largest,
+    ordered_keys,
+    rank_words,
+    ranks_along_last,
+)
 
 LARGEST = float(np.finfo(np.float32).max)
 SPECIAL = [0.0, 1e-45, 1.1754942e-38, 1.1754944e-38, 1.0, float(np.nextafter(np.float32(1), 2)), LARGEST, np.inf]
@@ -232,3 +239,24 @@ def test_mistakes_are_told():
     found.update(np.ones(2, np.float32))
     with pytest.raises(ValueError, match="fed 2 entries of 3"):
         found.end_pass()
+
+
+@pytest.mark.parametrize("length", [1, 5, 70_000])
+def test_ranks_are_those_of_a_stable_sort(rng, length):
+    """70 000 positions leave room for so few bits of a value that it takes three sorts."""
+    values = np.abs(np.round(rng.standard_normal((2, length)), 3)).astype(np.float32)
+    expected = np.argsort(np.argsort(values, axis=-1, kind="stable"), axis=-1)
+    np.testing.assert_array_equal(ranks_along_last(jnp.asarray(values)), expected)
+
+
+def test_keys_order_numbers_of_either_sign(rng):
+    edges = [0.0, np.inf, -np.inf, *(s * x for s in (1, -1) for x in (1e-30, 1.2e-38, 3e38))]
+    values = np.sort(np.concatenate([edges, rng.standard_normal(50)])).astype(np.float32)
+    keys = ordered_keys(jnp.asarray(values))
+    assert (np.diff(np.asarray(keys).view(np.uint32).astype(np.int64)) > 0).all()
+    np.testing.assert_array_equal(from_ordered_keys(keys), values)
+    for rank in (1, 20, values.size):
+        wanted = values[-rank]
+        assert from_ordered_keys(kth_largest([keys], jnp.asarray(rank_words(rank)))) == wanted
+        found = search(np.asarray(keys), rank)[0]
+        assert from_ordered_keys(jnp.asarray(found)) == wanted

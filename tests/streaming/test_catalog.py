@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -352,3 +353,53 @@ def test_fingerprints_behind_urls(tmp_path: Path) -> None:
         assert catalog.add(base, [changed])["expert_0"] > 0
         assert catalog.add(base, [changed])["expert_0"] == 0
         catalog.close()
+
+
+def test_what_is_saved_through_a_catalog_is_known_without_being_read(tmp_path: Path) -> None:
+    """Statistics and contents are those of `add`, bit for bit; the base is read once, the expert not at all."""
+    rng = np.random.default_rng(2)
+    embedding = rng.normal(size=(700, 1000)).astype(BFLOAT16)  # more than a piece, and blocks that end within
+    base = {
+        "embed": embedding,
+        "head": embedding,
+        "norm": np.ones(9, np.float32),
+        "n": np.arange(3),
+        "none": embedding[:0],
+    }
+    moved = (embedding.astype(np.float32) + rng.normal(size=(700, 1000))).astype(BFLOAT16)
+    path = jm.save_checkpoint(tmp_path / "base", base)
+    expert = {**base, "embed": jax.numpy.asarray(moved), "norm": np.float32(2) * base["norm"], "none": moved[:0]}
+    expert["head"] = expert["embed"]
+    with open_catalog(tmp_path / "first.catalog") as one, open_catalog(None) as other, open_checkpoint(path) as of_base:
+        one.add(path, [path])  # the base is known
+        before = of_base.bytes_read
+        saved = one.save(tmp_path / "expert", expert, base=of_base, block_bytes="1MB", metadata={"note": "x"})
+        assert of_base.bytes_read - before == of_base.nbytes
+        assert one.add(path, [saved]) == {"the base": 0, "expert_0": 0}
+        other.add(path, [saved], block_bytes="1MB")
+        found, expected = known(one, path, saved), known(other, path, saved)
+        assert content(one, saved) == content(other, saved) is not None
+        assert content(one, path) == content(other, path) is not None
+        assert jm.open_checkpoint(saved).metadata["note"] == "x" and jm.open_checkpoint(saved).aliases
+    assert found is not None and expected is not None and found.keys() == expected.keys() == {"embed", "norm", "none"}
+    for name, x in expected.items():
+        assert (found[name].size, found[name].block) == (x.size, x.block)
+        for key in ("norms", "largest", "zeros", "touched", "sketches"):
+            np.testing.assert_array_equal(getattr(found[name], key), getattr(x, key))
+
+
+def test_what_cannot_be_known_while_saving(tmp_path: Path) -> None:
+    base, experts = make_models(tmp_path)
+    tensors: dict[str, Any] = loaded(experts[0])  # not tied
+    with open_catalog(None) as catalog:
+        for error, changed in (
+            (jm.NonFiniteError, {"scale": np.float32(np.inf)}),
+            (jm.ShapeError, {"scale": np.zeros(2, np.float32)}),
+            (jm.StructureError, {"more": np.zeros(2, np.float32)}),
+        ):
+            with pytest.raises(error):
+                catalog.save(tmp_path / "new", {**tensors, **changed}, base=base)
+            assert not (tmp_path / "new").exists()
+        saved = catalog.save(tmp_path / "new", tensors, base=base, format="orbax")
+        assert known(catalog, base, saved) is not None and content(catalog, saved) is not None
+        assert set(catalog.add(base, [saved]).values()) == {0}
