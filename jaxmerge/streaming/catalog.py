@@ -29,11 +29,19 @@ from jaxmerge.checkpoints.base import Checkpoint, open_checkpoint
 from jaxmerge.checkpoints.writer import save_checkpoint
 from jaxmerge.errors import CheckpointError, RecipeError
 from jaxmerge.methods.lazy import CHUNK
-from jaxmerge.streaming.catalog_file import checksum, open_file, row_of, statistics_of
+from jaxmerge.streaming.catalog_file import checksum, magnitudes_of, open_file, quantile_row_of, row_of, statistics_of
 from jaxmerge.streaming.fingerprint import Fingerprint, digest, fingerprint
 from jaxmerge.streaming.progress import Progress, showing
 from jaxmerge.streaming.sizes import format_bytes, parse_bytes
-from jaxmerge.streaming.statistics import BLOCK_BYTES, BlockStatistics, default_block, entries_within, measure
+from jaxmerge.streaming.statistics import (
+    BLOCK_BYTES,
+    MAGNITUDES,
+    BlockStatistics,
+    between,
+    default_block,
+    entries_within,
+    measure,
+)
 from jaxmerge.streaming.watched import WatchedTensor
 from jaxmerge.trees.checks import check_same_tensors, is_mergeable, name_experts
 from jaxmerge.trees.lazy import LazyTensor
@@ -324,6 +332,52 @@ class Catalog:
                     result[i, j] += np.sum(a[name].norms ** 2) if i == j else np.sum(one * other)
         return result
 
+    def quantiles(
+        self, base: ModelSource, expert: ModelSource, shares: Sequence[float]
+    ) -> Float[np.ndarray, "shares 2"]:
+        """The magnitudes that shares of a task vector's entries reach, over the model. Nothing is read.
+
+        Args:
+            base: the base.
+            expert: an expert that is in the catalog.
+            shares: in (0, 1], such as the density of a trim.
+
+        Returns:
+            Of each share the lower and upper end of where the cut lies: within an eighth, since magnitudes are counted
+            in eight bins for each power of two.
+
+        Raises:
+            CheckpointError: the catalog does not know the expert as it is now.
+            RecipeError: a share lies outside of (0, 1].
+        """
+        for share in shares:
+            if not 0 < share <= 1:
+                raise RecipeError(f"a share is {share}, expected a number above 0 and at most 1")
+        with contextlib.ExitStack() as opened:
+            of_base, model = [
+                x if isinstance(x, Checkpoint) else opened.enter_context(open_checkpoint(x)) for x in (base, expert)
+            ]
+            states = fingerprint(of_base), fingerprint(model)
+            with self._lock, self._reporting():
+                known = self._known(of_base, model, *states)
+                rows = self._rows(
+                    """SELECT quantiles.* FROM quantiles JOIN models a ON a.id = expert JOIN models b ON b.id = base
+                    WHERE a.path = ? AND b.path = ?""",
+                    (_place(model), _place(of_base)),
+                )
+            found = {row["name"]: magnitudes_of(row, known[row["name"]]) for row in rows if row["name"] in known}
+            total = np.zeros(MAGNITUDES, np.int64)
+            for name, (leaf, _) in paired(of_base, model, states).items():
+                if is_mergeable(leaf):
+                    counts = found.get(name)
+                    if counts is None:
+                        raise CheckpointError(f"the catalog does not know {model.path} as it is now; add it first")
+                    total += counts
+        size = int(total.sum())
+        if not size:
+            raise CheckpointError(f"{model.path} has no floating-point entries")
+        return np.array([between(total, max(1, int(share * size))) for share in shares])
+
     def record_run(
         self,
         plan: Any,
@@ -590,6 +644,11 @@ class Catalog:
             )
             places = ", ".join(f":{key}" for key in row)
             self._connection.execute(f"INSERT OR REPLACE INTO statistics ({', '.join(row)}) VALUES ({places})", row)
+            if x.magnitudes is not None:
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO quantiles VALUES (:expert, :base, :name, :magnitudes, :checksum)",
+                    quantile_row_of(x, row),
+                )
 
     def _set_content(self, checkpoint: Checkpoint, number: int) -> None:
         """Notes the hash of a model's contents, once those of all its tensors are known."""

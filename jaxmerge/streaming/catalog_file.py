@@ -12,10 +12,12 @@ import functools
 import hashlib
 import sqlite3
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxmerge.errors import CheckpointError
 from jaxmerge.streaming.statistics import SKETCH, BlockStatistics
@@ -55,6 +57,14 @@ _MIGRATIONS = (
         run INTEGER NOT NULL REFERENCES runs, role TEXT NOT NULL, name TEXT NOT NULL, path TEXT NOT NULL,
         content TEXT NOT NULL, planned INTEGER NOT NULL, fetched INTEGER NOT NULL, PRIMARY KEY (run, role, name)
     );
+    """,
+    """
+    CREATE TABLE quantiles (
+        expert INTEGER NOT NULL REFERENCES models ON DELETE CASCADE,
+        base INTEGER NOT NULL REFERENCES models ON DELETE CASCADE,
+        name TEXT NOT NULL, magnitudes BLOB NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY (expert, base, name)
+    );
+    DELETE FROM statistics
     """,
 )
 _ARRAYS = {"norms": np.float64, "largest": np.float64, "zeros": np.int64, "touched": np.int64, "sketches": np.float32}
@@ -98,6 +108,25 @@ def statistics_of(row: Any) -> BlockStatistics:
     arrays = {key: np.frombuffer(row[key], dtype) for key, dtype in _ARRAYS.items()}
     arrays["sketches"] = arrays["sketches"].reshape(-1, SKETCH)
     return BlockStatistics(row["size"], row["block"], **arrays)
+
+
+def quantile_row_of(x: BlockStatistics, statistics: Any) -> dict[str, Any]:
+    """The row of the table `quantiles` that goes with a row of statistics. (Planning reads many, and none of these.)"""
+    row = {key: statistics[key] for key in ("expert", "base", "name")}
+    magnitudes = zlib.compress(np.ascontiguousarray(x.magnitudes, np.int64).tobytes(), 1)
+    return {**row, "magnitudes": magnitudes, "checksum": quantile_checksum(magnitudes, statistics["checksum"])}
+
+
+def magnitudes_of(row: Any, statistics: Any) -> Int[np.ndarray, "2048"] | None:
+    """The counts that a row of quantiles holds; None if it is damaged, or goes with other statistics."""
+    if row["checksum"] != quantile_checksum(row["magnitudes"], statistics["checksum"]):
+        return None
+    return np.frombuffer(zlib.decompress(row["magnitudes"]), np.int64)
+
+
+def quantile_checksum(magnitudes: bytes, statistics: str) -> str:
+    """A hash of a row of quantiles and of the statistics that it goes with."""
+    return hashlib.sha256(statistics.encode() + magnitudes).hexdigest()
 
 
 def checksum(row: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt16
 
 from jaxmerge.checkpoints.orbax import OrbaxTensor
 from jaxmerge.checkpoints.stored import StoredTensor
@@ -31,6 +31,11 @@ SKETCH = 64
 BLOCK_BYTES = 1 << 20
 """Size of a block, unless another is asked for."""
 
+MAGNITUDES = 1 << 11
+"""Bins of magnitudes, eight to each power of two: the upper bits of a float32, which count upwards as numbers do."""
+
+_BIN_BITS = 20  # that are left away
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockStatistics:
@@ -45,6 +50,7 @@ class BlockStatistics:
         touched: `[B]` number of entries in which expert and base differ, also where only in the sign of a zero.
         sketches: `[B, 64]` count sketches: each entry is added, with a pseudo-random sign, to one of 64 bins. The inner
             product of two experts' sketches is an unbiased estimate of that of their blocks.
+        magnitudes: `[2048]` how many entries of the tensor lie in each bin of magnitudes; None where that is not asked.
     """
 
     size: int
@@ -54,6 +60,7 @@ class BlockStatistics:
     zeros: Int[np.ndarray, " B"]
     touched: Int[np.ndarray, " B"]
     sketches: Float[np.ndarray, "B 64"]
+    magnitudes: Int[np.ndarray, "2048"] | None = None
 
     def regrouped(self, block: int) -> BlockStatistics:
         """The same for blocks of another size: a multiple of this one, or the whole tensor."""
@@ -72,7 +79,16 @@ class BlockStatistics:
             joined(self.zeros),
             joined(self.touched),
             joined(self.sketches),
+            self.magnitudes,
         )
+
+
+def between(magnitudes: Int[np.ndarray, "2048"], rank: int) -> tuple[float, float]:
+    """The lowest and highest number of the bin that holds the rank-th largest magnitude, from 1."""
+    reaching = np.cumsum(magnitudes[::-1])
+    code = MAGNITUDES - 1 - int(np.searchsorted(reaching, rank))
+    ends = np.array([code << _BIN_BITS, (code + 1 << _BIN_BITS) - 1], np.uint32).view(np.float32)
+    return float(ends[0]), float(ends[1])
 
 
 def default_block(tensor: LazyTensor, block_bytes: int) -> int:
@@ -155,6 +171,7 @@ class Tally:
         count = -(-size // block)
         self._sums = np.zeros((4, count))
         self._sketches = np.zeros((count, SKETCH), np.float32)
+        self._magnitudes = np.zeros(MAGNITUDES, np.int64)
 
     def add(self, at: int, n: int, base: Shaped[np.ndarray, " m"], expert: Shaped[np.ndarray, " m"], who: str) -> None:
         """Adds one of the tensor's `pieces`; they come in order.
@@ -171,7 +188,8 @@ class Tally:
         """
         b = at // self._block
         found = _measured(base, expert, np.uint32(at & 0xFFFFFFFF))
-        square, largest, zeros, touched, table = (np.asarray(x) for x in found)  # waits: the memory is used again
+        # This waits: the memory of both is used again.
+        square, largest, zeros, touched, table, codes = map(np.asarray, found)
         if not np.isfinite(square):
             wrong = not np.isfinite(base.astype(np.float64)).all()
             raise NonFiniteError(
@@ -181,6 +199,7 @@ class Tally:
         self._sums[:, b] += np.array([square, 0, zeros - (len(expert) - n), touched])
         self._sums[1, b] = max(self._sums[1, b], largest)
         self._sketches[b] += np.bincount(_BINS, table.reshape(-1), SKETCH).astype(np.float32)
+        self._magnitudes += np.bincount(codes[:n], minlength=MAGNITUDES)
 
     def statistics(self) -> BlockStatistics:
         """The statistics, once all pieces were added."""
@@ -193,6 +212,7 @@ class Tally:
             zeros.astype(np.int64),
             touched.astype(np.int64),
             self._sketches,
+            self._magnitudes,
         )
 
 
@@ -218,8 +238,8 @@ _BINS = ((np.arange(SKETCH)[None, :] + _SHIFTS[:, None]) % SKETCH).reshape(-1)
 @jax.jit
 def _measured(
     base: Float[Any, " n"], expert: Float[Any, " n"], start: Any
-) -> tuple[Array, Array, Array, Array, Float[Array, "64 64"]]:
-    """Sum of squares, largest magnitude, zeros and touched entries of a run of a task vector, and a table of sums."""
+) -> tuple[Array, Array, Array, Array, Float[Array, "64 64"], UInt16[Array, " n"]]:
+    """Sum of squares, largest magnitude, zeros and touched entries of a run; a table of sums; bins of magnitudes."""
     x, y = expert.astype(jnp.float64), base.astype(jnp.float64)
     delta = x - y
     word = jax.lax.iota(jnp.uint32, delta.size) + start
@@ -233,4 +253,5 @@ def _measured(
         jnp.sum(delta == 0),
         jnp.sum((x != y) | (jnp.signbit(x) != jnp.signbit(y))),
         jnp.sum(signed.reshape(-1, SKETCH, SKETCH), axis=0),
+        (jax.lax.bitcast_convert_type(jnp.abs(small), jnp.uint32) >> _BIN_BITS).astype(jnp.uint16),
     )

@@ -403,3 +403,46 @@ def test_what_cannot_be_known_while_saving(tmp_path: Path) -> None:
         saved = catalog.save(tmp_path / "new", tensors, base=base, format="orbax")
         assert known(catalog, base, saved) is not None and content(catalog, saved) is not None
         assert set(catalog.add(base, [saved]).values()) == {0}
+
+
+def test_quantiles_hold_the_cut(tmp_path: Path) -> None:
+    base, experts = make_models(tmp_path)
+    one, other = loaded(base), loaded(experts[0])
+    magnitudes = np.sort(
+        np.concatenate(
+            [
+                np.abs(other[name].astype(np.float32) - one[name].astype(np.float32)).reshape(-1)
+                for name in ("embed", "layers.0.w", "scale")  # tied tensors count once
+            ]
+        )
+    )[::-1]
+    shares = (0.01, 0.2, 0.5, 1.0)
+    with open_catalog(tmp_path / "models.catalog") as catalog:
+        with pytest.raises(jm.CheckpointError, match="does not know"):
+            catalog.quantiles(base, experts[0], shares)
+        catalog.add(base, experts, block_bytes=BLOCK_BYTES)
+        found = catalog.quantiles(base, experts[0], shares)
+        for share, (low, high) in zip(shares, found, strict=True):
+            cut = magnitudes[int(share * len(magnitudes)) - 1]
+            assert low <= cut <= high and (high <= low * 1.126 or low == 0)
+        with pytest.raises(jm.RecipeError, match="share"):
+            catalog.quantiles(base, experts[0], [0.0])
+    with sqlite3.connect(tmp_path / "models.catalog") as file:  # a damaged row is not believed
+        file.execute("UPDATE quantiles SET magnitudes = zeroblob(9) WHERE name = 'embed'")
+    with open_catalog(tmp_path / "models.catalog") as catalog, pytest.raises(jm.CheckpointError, match="does not know"):
+        catalog.quantiles(base, experts[0], shares)
+
+
+def test_a_catalog_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    base, experts = make_models(tmp_path)
+    path = tmp_path / "models.catalog"
+    with open_catalog(path) as catalog:
+        catalog.add(base, experts)
+    with sqlite3.connect(path) as file:
+        file.execute("DROP TABLE quantiles")
+        file.execute("PRAGMA user_version = 1")
+    with open_catalog(path) as catalog:
+        assert len(catalog.list()) == 3 and known(catalog, base, experts[0]) is None  # to be gathered again
+        read = catalog.add(base, experts)
+        assert read["expert_0"] > 0 and known(catalog, base, experts[0]) is not None
+        assert catalog.quantiles(base, experts[0], [0.5]).shape == (1, 2)
