@@ -322,11 +322,7 @@ class UrlStore(Store):
         super().__init__()
         self.path = url.rstrip("/")
         self.context = context or ts.Context()
-        try:
-            opening = ts.KvStore.open(url, context=self.context)
-        except ValueError as error:
-            raise CheckpointError(f"cannot read {url}: {error}") from error
-        self._kv = wait(opening, url)
+        self._kv = open_kvstore(url, self.context)
 
     def _open(self, key: str) -> ByteSource | None:
         source = KvSource(self._kv, key, self.counter)
@@ -352,6 +348,29 @@ class UrlStore(Store):
         return sorted(key.decode() for key in keys if b"/" not in key)
 
 
+def open_kvstore(url: str, context: ts.Context | None) -> ts.KvStore:
+    """The folder behind a URL, with a slash at its end.
+
+    Raises:
+        CheckpointError: TensorStore cannot use the URL.
+    """
+    import tensorstore as ts
+
+    try:
+        opening = ts.KvStore.open(url, context=context or ts.Context())
+    except ValueError as error:
+        raise CheckpointError(f"cannot read {url}: {error}") from error
+    return wait(opening, url)
+
+
+def local_path(location: str | Path) -> str | Path:
+    """The path that a `file://` URL means; anything else as it is."""
+    url = str(location)
+    if url.startswith("file://"):
+        return Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
+    return location
+
+
 def open_store(location: str | Path, context: ts.Context | None) -> tuple[Store, str]:
     """The folder that a location is (with the key ""), or the folder and the key of the file that it is.
 
@@ -362,10 +381,9 @@ def open_store(location: str | Path, context: ts.Context | None) -> tuple[Store,
     Raises:
         CheckpointError: there is no such local path, or TensorStore cannot use the URL.
     """
+    location = local_path(location)
     url = str(location)
-    if url.startswith("file://"):
-        location = urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
-    elif "://" in url:
+    if "://" in url:
         folder, _, name = url.rstrip("/").rpartition("/")
         if re.search(r"\.(safetensors|npz)$", name):
             return UrlStore(f"{folder}/", context), name
@@ -413,21 +431,22 @@ def _value(request: Any, what: str) -> bytes | None:
     return result.value if result.state == "value" else None
 
 
-def wait(request: Any, what: str) -> Any:
-    """The result of a TensorStore request.
+def wait(request: Any, what: str, action: str = "read", seconds: float | None = None) -> Any:
+    """The result of a TensorStore request, which may take `SECONDS_PER_REQUEST` or the given time.
 
     Raises:
         CheckpointError: it failed, or there was no answer in time.
     """
+    seconds = seconds or SECONDS_PER_REQUEST
     try:
-        return request.result(timeout=SECONDS_PER_REQUEST)
+        return request.result(timeout=seconds)
     except TimeoutError:
         request.cancel()
         raise CheckpointError(
-            f"{what}: no answer within {SECONDS_PER_REQUEST:.0f} s; check the address and the network, and try again"
+            f"{what}: no answer within {seconds:.0f} s; check the address and the network, and try again"
         ) from None
     except Exception as error:  # TensorStore has no error type of its own
-        raise CheckpointError(f"cannot read {what}: {error}") from error
+        raise CheckpointError(f"cannot {action} {what}: {error}") from error
 
 
 def load_json(text: bytes, what: str) -> dict[str, Any]:

@@ -5,26 +5,35 @@ entries where they belong; `finish` makes all of it durable and gives the output
 under that name, and after an error nothing is left over.
 
 What a killed writer left is cleared, unless the caller knows what is in it and goes on with it (`resume`).
+
+An output behind a URL is built in a temporary folder, with the same guarantees, and uploaded by `finish`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Shaped
 
 from jaxmerge.checkpoints import npz, orbax, safetensors
 from jaxmerge.checkpoints.layout import DTYPES, Layout, PlannedFile, TensorSpec
-from jaxmerge.checkpoints.publish import Staging, as_checkpoint_error, sync
-from jaxmerge.errors import CheckpointError, StructureError
+from jaxmerge.checkpoints.publish import Staging, as_checkpoint_error, remove, sync
+from jaxmerge.checkpoints.stores import local_path
+from jaxmerge.checkpoints.upload import MAX_OBJECT_BYTES, SHARD_BYTES, Place
+from jaxmerge.errors import CheckpointError, MergeError, StructureError
 from jaxmerge.trees.lazy import LazyTensor
 from jaxmerge.trees.paths import named_leaves
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 JOURNAL = ".jaxmerge-journal"
 """A file in the hidden folder in which the caller may note how far it has come; it is no part of the checkpoint."""
@@ -38,15 +47,19 @@ class CheckpointWriter:
     As a context manager it finishes at the end of the block, or aborts when an exception leaves it.
 
     Attributes:
-        path: where the checkpoint will stand.
+        path: where the checkpoint will stand; text where that is a URL.
         folder: the hidden folder in which it is built.
         specs: the tensors by name.
         bytes_written: bytes of tensor entries written so far.
         resumed: whether it goes on with the files of a writer that was killed.
+        display: is told how an upload goes, by `begin(what, bytes)` and `advance(bytes)`; None for nobody.
     """
 
+    display: Any = None
+
     def __init__(self, staging: Staging, layout: Layout, specs: Mapping[str, TensorSpec], resumed: bool = False):
-        self.path, self.folder, self.specs = staging.target, staging.folder, specs
+        self.path: Path | Any = staging.target
+        self.folder, self.specs = staging.folder, specs
         self._staging, self._layout, self.resumed = staging, layout, resumed
         self._lock = threading.Lock()
         self._entries_written = dict.fromkeys(specs, 0)
@@ -57,6 +70,11 @@ class CheckpointWriter:
             if resumed:
                 (self.folder / link).unlink(missing_ok=True)
             os.link(self.folder / name, self.folder / link)
+
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        """The files of the checkpoint and their sizes."""
+        return {name: planned.size for name, planned in self._layout.files.items()}
 
     @property
     def bytes_written(self) -> int:
@@ -120,11 +138,11 @@ class CheckpointWriter:
             for file in {self._layout.places[name][0] for name in names}:
                 sync(self.folder / file)
 
-    def finish(self) -> Path:
+    def finish(self) -> Path | Any:
         """Makes everything durable and publishes it. Returns the path.
 
         Raises:
-            CheckpointError: a tensor was not written completely, or the disk is full.
+            CheckpointError: a tensor was not written completely, the disk is full, or an upload failed.
             ConflictError: something has come into being at the path meanwhile.
         """
         for name, spec in self.specs.items():
@@ -160,6 +178,43 @@ class CheckpointWriter:
             raise
 
 
+class _UploadingWriter(CheckpointWriter):
+    """A checkpoint that is built in a temporary folder and uploaded when it is finished."""
+
+    def __init__(self, local: CheckpointWriter, place: Place):
+        self.__dict__.update(local.__dict__)  # the files are laid out already
+        self.path, self._place, self._local = place.url, place, local.path
+
+    def finish(self) -> Path | Any:
+        super().finish()
+        try:
+            self._place.upload(self._local, self.display)
+        except MergeError as error:
+            raise type(error)(f"{error}. What was to be uploaded is complete, and kept in {self._local}") from error
+        except BaseException:
+            remove(self._local.parent)
+            raise
+        remove(self._local.parent)
+        return self.path
+
+    def abort(self) -> None:
+        super().abort()
+        if not os.path.lexists(self._local):  # kept after an upload that failed
+            remove(self._local.parent)
+
+
+def place_of(path: str | Path, format: str | None, overwrite: bool, context: ts.Context | None = None) -> Place | None:
+    """Where in an object store an output is to appear; None for local paths.
+
+    Raises:
+        CheckpointError: TensorStore cannot write there.
+    """
+    if "://" not in str(local_path(path)):
+        return None
+    is_file = str(path).endswith((".safetensors", ".npz")) and format != "orbax"
+    return Place(str(path), is_folder=not is_file and format != "npz", overwrite=overwrite, context=context)
+
+
 def open_writer(
     path: str | Path,
     specs: Sequence[TensorSpec],
@@ -171,21 +226,25 @@ def open_writer(
     side_files: Mapping[str, Path | bytes] | None = None,
     overwrite: bool = False,
     resume: Callable[[Path, Layout], bool] | None = None,
+    context: ts.Context | None = None,
 ) -> CheckpointWriter:
     """Starts a checkpoint: lays out its files, reserves their space and writes all but the tensors.
 
     Args:
-        path: a local file (suffix `.safetensors` or `.npz`) or else a folder. Missing parent folders are made.
+        path: a local file (suffix `.safetensors` or `.npz`) or else a folder. Missing parent folders are made. Or a URL
+            of TensorStore (`s3://`, `gs://`): then it is built in a temporary folder and uploaded when it is finished.
         specs: the tensors, in the order in which they are best written.
         format: "safetensors", "npz" or "orbax"; by default what the suffix of `path` says, and safetensors for folders.
         metadata: text to store with the tensors; what is no text is stored as JSON.
         aliases: tied tensors, `{further name: name in specs}`: one copy is stored, readers see both names.
         max_shard_bytes: safetensors folders are split into files of at most this many bytes of tensors
-            (a larger tensor gets a file of its own), with an index.
+            (a larger tensor gets a file of its own), with an index. Behind a URL `SHARD_BYTES`, if it is not given.
         side_files: further files of a folder: `{name: content or file to copy}`.
         overwrite: replace what stands at `path`, when finished.
         resume: is asked whether what a killed writer of the same path left shall be gone on with, given the hidden
             folder and the layout of what is to be written. Then every file of the layout must be there with its size.
+            Nothing of an output behind a URL is left.
+        context: TensorStore's context for a URL: credentials, or the contents of `memory://`.
 
     Returns:
         A writer; it must be finished or aborted.
@@ -195,9 +254,49 @@ def open_writer(
         CheckpointError: the format cannot hold these tensors, the disk is full, or permission is denied.
         StructureError: two tensors have the same name.
     """
-    if "://" in str(path):
-        raise CheckpointError(f"{path}: checkpoints are written to local paths only; write there and upload the result")
-    path, metadata, aliases, side_files = Path(path), metadata or {}, aliases or {}, side_files or {}
+    place = place_of(path, format, overwrite, context)
+    if place is None:
+        return _open_local(
+            Path(local_path(path)), specs, format, metadata, aliases, max_shard_bytes, side_files, overwrite, resume
+        )
+    place.check()
+    if max_shard_bytes is None and place.is_folder and format in (None, "safetensors"):
+        max_shard_bytes = SHARD_BYTES
+    needed, free = sum(spec.nbytes for spec in specs), shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise CheckpointError(
+            f"{path}: the checkpoint is built in {tempfile.gettempdir()} before it is uploaded, which needs {needed} "
+            f"bytes, and {free} are free; free some space, or name a folder on a larger disk in TMPDIR"
+        )
+    with as_checkpoint_error(f"write {path}"):
+        temporary = Path(tempfile.mkdtemp(prefix="jaxmerge-"))
+    try:
+        local = temporary / place.name
+        writer = _open_local(local, specs, format, metadata, aliases, max_shard_bytes, side_files, False, None)
+        for name, size in writer.file_sizes.items():
+            if size > MAX_OBJECT_BYTES:
+                raise CheckpointError(
+                    f"{path}: {name} would be {size} bytes long, and one upload has at most {MAX_OBJECT_BYTES}; write "
+                    "a safetensors folder with smaller shards, or write locally and upload it by other means"
+                )
+    except BaseException:
+        remove(temporary)
+        raise
+    return _UploadingWriter(writer, place)
+
+
+def _open_local(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    format: str | None,
+    metadata: Mapping[str, Any] | None,
+    aliases: Mapping[str, str] | None,
+    max_shard_bytes: int | None,
+    side_files: Mapping[str, Path | bytes] | None,
+    overwrite: bool,
+    resume: Callable[[Path, Layout], bool] | None,
+) -> CheckpointWriter:
+    metadata, aliases, side_files = metadata or {}, aliases or {}, side_files or {}
     by_name = {spec.name: spec for spec in specs}
     if len({*by_name, *aliases}) != len(specs) + len(aliases):
         raise StructureError(f"{path}: two tensors have the same name")
@@ -256,23 +355,27 @@ def save_checkpoint(
     max_shard_bytes: int | None = None,
     side_files: Mapping[str, Path | bytes] | None = None,
     overwrite: bool = False,
-) -> Path:
+    context: ts.Context | None = None,
+) -> Path | Any:
     """Saves parameters. The checkpoint appears complete or not at all.
 
     Args:
-        path: a local file (suffix `.safetensors` or `.npz`) or else a folder. Missing parent folders are made.
+        path: a local file (suffix `.safetensors` or `.npz`) or else a folder. Missing parent folders are made. Or a URL
+            of TensorStore (`s3://`, `gs://`): then it is built in a temporary folder (see `tempfile`; TMPDIR), which
+            needs that much disk, and uploaded.
         params: any tree of arrays or lazy tensors. The stored names are those of `named_leaves`: a flat dict keeps its
             own, nested keys are joined by `/` (Orbax stores the nesting, with positions in sequences as keys). An array
             or lazy tensor that stands under several names is stored once, and opens as one tensor again.
         format: "safetensors", "npz" or "orbax"; by default what the suffix of `path` says, and safetensors for folders.
         metadata: text to store with the tensors; what is no text is stored as JSON.
         max_shard_bytes: safetensors folders are split into files of at most this many bytes of tensors
-            (a larger tensor gets a file of its own), with an index.
+            (a larger tensor gets a file of its own), with an index. Behind a URL 256 MiB, if it is not given.
         side_files: further files of a folder, such as `Checkpoint.side_files`: `{name: content or file to copy}`.
         overwrite: replace what stands at `path`.
+        context: TensorStore's context for a URL: credentials, or the contents of `memory://`.
 
     Returns:
-        The absolute path.
+        The absolute path, or the URL as text.
 
     Raises:
         ConflictError: the path exists, or somebody else is writing it.
@@ -301,6 +404,7 @@ def save_checkpoint(
         max_shard_bytes=max_shard_bytes,
         side_files=side_files,
         overwrite=overwrite,
+        context=context,
     ) as writer:
         buffer = np.empty(_PIECE_BYTES, np.uint8)
         for spec in specs:

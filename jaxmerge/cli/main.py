@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = _command(commands, _merge, "merge", "merge checkpoints as a recipe says")
     merge.add_argument("recipe", metavar="RECIPE", help="YAML file, in our form or in mergekit's")
     place = merge.add_mutually_exclusive_group(required=True)
-    place.add_argument("--out", metavar="DIR", help="folder to write; it appears when it is complete")
+    place.add_argument("--out", metavar="DIR", help="folder to write, or s3:// or gs:// URL; it appears when complete")
     place.add_argument("--store", metavar="ROOT", help="model store to write a new version to; needs --name")
     merge.add_argument("--name", metavar="NAME", help="model in the store")
     merge.add_argument("--expected", metavar="COMMIT", help="the version that must be current in the store, or none")
@@ -274,7 +274,10 @@ def _explain(options: argparse.Namespace) -> None:
 
 def _replay(options: argparse.Namespace) -> None:
     from jaxmerge.cli.auditing import replay
+    from jaxmerge.errors import RecipeError
 
+    if "://" in options.out:
+        raise RecipeError(f"{options.out}: a replay reads what it has written; give a local folder")
     report, differing = replay(options.manifest, options.out, catalog=options.catalog, overwrite=options.overwrite)
     print(report)
     if differing:

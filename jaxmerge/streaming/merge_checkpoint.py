@@ -11,15 +11,18 @@ import contextlib
 import dataclasses
 import json
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxmerge.checkpoints.base import Checkpoint, open_checkpoint
 from jaxmerge.checkpoints.layout import TensorSpec
-from jaxmerge.checkpoints.writer import open_writer
+from jaxmerge.checkpoints.stores import local_path
+from jaxmerge.checkpoints.upload import SHARD_BYTES
+from jaxmerge.checkpoints.writer import open_writer, place_of
 from jaxmerge.errors import BudgetError, CheckpointError, ConflictError
 from jaxmerge.methods.assignment import Assignment, assign
 from jaxmerge.methods.lazy import as_lazy, merge_lazily
@@ -50,6 +53,9 @@ from jaxmerge.trees.checks import cast, is_mergeable, name_experts
 from jaxmerge.trees.info import Rules
 from jaxmerge.trees.lazy import LazyTensor
 from jaxmerge.trees.paths import Params, named_leaves
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 Source = str | Path | Checkpoint | Params
 """A checkpoint by path or URL, an opened one, or a parameter tree (with lazy leaves, in memory, or both)."""
@@ -83,6 +89,7 @@ def merge_checkpoint(
     reuse: str | Path | None = None,
     recipe: str | None = None,
     progress: bool | None = None,
+    context: ts.Context | None = None,
 ) -> StreamReport:
     """Merges checkpoints into a checkpoint, disk to disk.
 
@@ -93,6 +100,9 @@ def merge_checkpoint(
     one ended: tensors that were finished are read back and hashed instead of being merged again. Any other run clears
     what a killed one left.
 
+    Where `out` is a URL, all this happens in a temporary folder, which needs as much disk as the output; then it is
+    uploaded, the object that readers begin with last. A killed run is begun anew.
+
     With an I/O budget only some blocks of the experts' tensors are read, and the base stands in for the others: the
     result is the merge of experts whose task vectors are zero there. Tensors that are not floating point are then the
     base's, without being compared.
@@ -101,7 +111,8 @@ def merge_checkpoint(
         method: what to do, such as `jm.ties(density=0.2)`.
         experts: a list or a dict by name of checkpoints: paths or URLs, opened checkpoints, or parameter trees.
         base: the checkpoint that the experts were tuned from; task-vector methods need it.
-        out: a local path: a folder, or a file with the suffix `.safetensors` or `.npz`.
+        out: a local path, or a URL such as `s3://BUCKET/NAME` or `gs://BUCKET/NAME`: a folder, or a file with the
+            suffix `.safetensors` or `.npz`.
         format: "safetensors", "npz" or "orbax"; by default what the suffix of `out` says, and safetensors for folders.
         key: PRNG key (or an integer seed) for methods that draw.
         rules: how tensor names are read, where the defaults guess wrong; which leaves are layer-stacked.
@@ -111,13 +122,14 @@ def merge_checkpoint(
         io_budget: bytes that may be fetched from all experts together: a number, text such as "2GiB", or a share of
             what they hold, such as "10%"; or a plan made by `plan_merge`. It needs a base. Statistics that the catalog
             lacks are gathered first, which reads everything once. A method that measures keeps fetched blocks in a
-            temporary file beside `out`.
+            temporary file beside `out` (with a URL, in the system's folder for such files).
         catalog: a catalog or its path; None gathers statistics for this call alone. It also tells the content of
             tensors to `reuse`.
         policy: how blocks are chosen: `"greedy_value"` reads where the most is to be gained per byte, `"uniform_hash"`
             by a hash of the blocks' names, `"full"` everything.
         floors: how many blocks of each expert, and of each tensor, are chosen before all others.
-        max_shard_bytes: size of the files that a safetensors folder is split into; 5 GiB by default.
+        max_shard_bytes: size of the files that a safetensors folder is split into; 5 GiB by default, behind a URL
+            256 MiB or a quarter of the memory budget, because an object is uploaded from memory.
         overwrite: replace what stands at `out`, when the merge is complete.
         allow_nonfinite: let NaN and infinity in the inputs pass.
         manifest: write down in a folder (`jaxmerge.json`) what it was made from, with paths as they are given here,
@@ -127,6 +139,7 @@ def merge_checkpoint(
             for NaN again). The result is that of a merge without it.
         recipe: text that the manifest keeps, such as the recipe that the merge was read from.
         progress: show what will be read, written and needed, and a bar; by default in a terminal or notebook.
+        context: TensorStore's context for a URL as `out`: credentials, or the contents of `memory://`.
 
     Returns:
         What it took.
@@ -141,6 +154,7 @@ def merge_checkpoint(
         ConflictError: `out` exists, is an input, or is being written by somebody else.
     """
     started = time.perf_counter()
+    out = local_path(out)
     with contextlib.ExitStack() as opened:
         sources, reference, job = _opened(opened, method, experts, base, key, rules, dtype)
         about = None
@@ -162,11 +176,14 @@ def merge_checkpoint(
         if io_budget is None or known is None:
             merged = merge_lazily(job, allow_nonfinite)
         else:
-            _check_conflict(Path(out), sources)  # before everything is read for statistics
-            if os.path.lexists(out) and not overwrite:
+            _check_conflict(out, sources)  # before everything is read for statistics
+            place = place_of(out, format, overwrite, context)
+            if place is not None:
+                place.check()
+            elif os.path.lexists(out) and not overwrite:
                 raise ConflictError(f"{out} exists already; remove it, choose another name or pass overwrite=True")
             access, analysed = plan_job(job, sources, known, io_budget, policy, floors, progress)
-            scratch = Scratch(Path(out).absolute().parent)
+            scratch = Scratch(Path(out).absolute().parent if place is None else Path(tempfile.gettempdir()))
             opened.callback(scratch.close)
             merged = merge_lazily(restricted(job, access, scratch), allow_nonfinite)
             seconds = {"choose": time.perf_counter() - started - opening}
@@ -179,10 +196,11 @@ def merge_checkpoint(
             _side_files(reference, dtype) if reference and _is_hugging_face(out, format) else None,
             max_shard_bytes,
             overwrite,
+            context,
         )
         previous = None if reuse is None else opened.enter_context(Previous(reuse))
-        context = _Context(sources, access, about, recipe, previous, known)
-        report = _saved(merged, target, memory_budget, progress, context)
+        told = _Context(sources, access, about, recipe, previous, known)
+        report = _saved(merged, target, memory_budget, progress, told)
         seconds = {"open": opening, **seconds, **report.seconds}
         report = dataclasses.replace(report, seconds=seconds, io_plan=access, bytes_analysed=analysed)
         if access is not None and known is not None:
@@ -312,6 +330,7 @@ def save_lazily(
     overwrite: bool = False,
     progress: bool | None = None,
     sources: Mapping[str, Checkpoint] | None = None,
+    context: ts.Context | None = None,
 ) -> StreamReport:
     """Saves a tree of lazy tensors, reading and computing as it writes.
 
@@ -320,16 +339,19 @@ def save_lazily(
 
     Args:
         params: a tree of lazy tensors and arrays. A leaf that stands under several names is stored once.
-        out: a local path: a folder, or a file with the suffix `.safetensors` or `.npz`.
+        out: a local path, or a URL such as `s3://BUCKET/NAME` or `gs://BUCKET/NAME`: a folder, or a file with the
+            suffix `.safetensors` or `.npz`.
         format: "safetensors", "npz" or "orbax"; by default what the suffix of `out` says, and safetensors for folders.
         metadata: text to store with the tensors.
         side_files: further files of a folder, such as `Checkpoint.side_files`.
         memory_budget: bytes (or text such as "1GiB") that the work may take beside Python and its libraries.
-        max_shard_bytes: size of the files that a safetensors folder is split into; 5 GiB by default.
+        max_shard_bytes: size of the files that a safetensors folder is split into; 5 GiB by default, behind a URL
+            256 MiB or a quarter of the memory budget, because an object is uploaded from memory.
         overwrite: replace what stands at `out`, when everything is written.
         progress: show what will be read, written and needed, and a bar; by default in a terminal or notebook.
         sources: opened checkpoints that the tree is read from, by name: `out` must be none of them, and the report
             tells what was read from each.
+        context: TensorStore's context for a URL as `out`.
 
     Returns:
         What it took.
@@ -340,7 +362,7 @@ def save_lazily(
         ConflictError: `out` exists, is one of the sources, or is being written by somebody else.
         NonFiniteError: a merged tensor has NaN or infinity in an input.
     """
-    target = _Target(out, format, metadata, side_files, max_shard_bytes, overwrite)
+    target = _Target(local_path(out), format, metadata, side_files, max_shard_bytes, overwrite, context)
     return _saved(params, target, memory_budget, progress, _Context(sources or {}))
 
 
@@ -354,6 +376,14 @@ class _Target:
     side_files: Mapping[str, Path | bytes] | None
     max_shard_bytes: int | str | None
     overwrite: bool
+    context: ts.Context | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class UploadReport(StreamReport):
+    """A checkpoint that was streamed and uploaded: `path` is its URL, and `publish` the time of the upload."""
+
+    path: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,11 +413,11 @@ def _saved(
     """Does what `save_lazily` does, and what the context asks for."""
     started = time.perf_counter()
     out, format, max_shard_bytes, sources = target.out, target.format, target.max_shard_bytes, context.sources
-    _check_conflict(Path(out), sources)
+    _check_conflict(out, sources)
     tensors, aliases = _stored_once(params, sources)
-    if max_shard_bytes is None and _is_hugging_face(out, format):
-        max_shard_bytes = DEFAULT_SHARD
     budget = parse_bytes(memory_budget, "memory_budget")
+    if max_shard_bytes is None and _is_hugging_face(out, format):
+        max_shard_bytes = min(budget // 4, SHARD_BYTES) if "://" in str(out) else DEFAULT_SHARD
     shards = None if max_shard_bytes is None else parse_bytes(max_shard_bytes, "max_shard_bytes")
     plan = make_plan(tensors, budget)
     specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
@@ -419,7 +449,9 @@ def _saved(
             side_files={name: file for name, file in (target.side_files or {}).items() if name != MANIFEST},
             overwrite=target.overwrite,
             resume=None if journal is None else journal.resume,
+            context=target.context,
         ) as writer:
+            writer.display = display
             planned = time.perf_counter()
             finished: dict[str, Known] = {}
             if journal is not None:
@@ -461,7 +493,8 @@ def _saved(
                 )
         published = time.perf_counter()
     resumed = [name for name in here if name in finished]
-    return StreamReport(
+    kind = StreamReport if isinstance(writer.path, Path) else UploadReport
+    return kind(
         path=writer.path,
         tensors=len(tensors),
         merged=len({part.name for part in (*plan.shared, *plan.alone) if merges_within(part.leaf)}),
@@ -553,13 +586,15 @@ def _is_folder(out: str | Path, format: str | None) -> bool:
     return _is_hugging_face(out, format) or format == "orbax"
 
 
-def _check_conflict(out: Path, sources: Mapping[str, Checkpoint]) -> None:
-    target = out.resolve()
+def _check_conflict(out: str | Path, sources: Mapping[str, Checkpoint]) -> None:
+    url, target = str(out).rstrip("/") + "/", Path(out).resolve()
     for name, source in sources.items():
-        if "://" in source.path:
-            continue
-        path = Path(source.path).resolve()
-        if target == path or target in path.parents or (path in target.parents and target.is_file()):
+        if "://" in source.path or "://" in url:
+            taken = f"{source.path}/".startswith(url)
+        else:
+            path = Path(source.path).resolve()
+            taken = target == path or target in path.parents or (path in target.parents and target.is_file())
+        if taken:
             raise ConflictError(
                 f"{out} holds, or is part of, the input {name!r} ({source.path}); choose another output"
             )
