@@ -108,6 +108,40 @@ class Coefficients:
                 new.append(value)
         return jax.tree.unflatten(treedef, new)
 
+    def in_rows(self, tensors: Sequence[str]) -> Coefficients:
+        """The same with a row for every tensor also where one is shared by all; `rows_of` gives its values.
+
+        XLA compiles the derivative of one number by hundreds of tensors for minutes, that of a row each in seconds.
+        """
+        keys = tuple(tensors)
+
+        def spread(node: Any) -> Any:
+            shared = _is_learnable(node) and not node.keys
+            return dataclasses.replace(node, keys=keys, values=self._rows(node.values, keys)) if shared else node
+
+        method = jax.tree.map(spread, self.method, is_leaf=_is_learnable)
+        return dataclasses.replace(self, method=method)
+
+    def rows_of(self, values: Values, tensors: Sequence[str]) -> Values:
+        """Values of these coefficients as those of `in_rows`."""
+        return {name: self._rows(value, tensors) if self._is_shared(name) else value for name, value in values.items()}
+
+    def rows_added(self, rows: Values) -> Values:
+        """Derivatives by the values of these coefficients, from those by their rows."""
+
+        def added(x: Any) -> Any:  # a product with ones, since XLA would fuse a sum with all that it adds up
+            return jnp.einsum("t,t...->...", jnp.ones(len(x), x.dtype), x, precision="highest")
+
+        return {name: added(x) if self._is_shared(name) else x for name, x in rows.items()}
+
+    def _is_shared(self, name: str) -> bool:
+        node = self.node(name)
+        return node is not None and not node.keys
+
+    @staticmethod
+    def _rows(value: Any, tensors: Sequence[str]) -> Any:
+        return jnp.broadcast_to(jnp.asarray(value), (len(tensors), *jnp.shape(value)))
+
     def node(self, name: str) -> Learnable | None:
         """The node of a coefficient, or None where it is a plain number."""
         node = dict(_named(self.method))[name]

@@ -63,12 +63,14 @@ class InMemory(Objective):
         plain = not any(task.method.passes or task.method.whole_tensor for task in job.tasks.values())
 
         # Arrays that a method holds (masks, statistics) are as large as a model: no constants of a program.
-        leaves, treedef = jax.tree.flatten(coefficients.method)
+        tensors = tuple(job.tasks)
+        in_rows = coefficients.in_rows(tensors)
+        leaves, treedef = jax.tree.flatten(in_rows.method)
         arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, np.ndarray | jax.Array) and x.ndim > 0}
 
         def merged(values: Values, arrays: dict[int, Any], trees: list[Params], base: Params | None) -> Params:
             given = jax.tree.unflatten(treedef, [arrays.get(i, x) for i, x in enumerate(leaves)])
-            method = coefficients.put(values, given, rows=True)
+            method = in_rows.put(values, given, rows=True)
             return merge(method, dict(zip(names, trees, strict=True)), base=base, key=key, rules=rules)
 
         # Task vectors are cheap to compute again and large to keep: without this, XLA keeps all K of them for the
@@ -81,7 +83,8 @@ class InMemory(Objective):
             def of(values: Values) -> Any:
                 return scalar(loss(once_more(values, arrays, trees, base), batch))
 
-            value, gradients = jax.value_and_grad(of)(state.coefficients)
+            value, gradients = jax.value_and_grad(of)(coefficients.rows_of(state.coefficients, tensors))
+            gradients = coefficients.rows_added(gradients)
             new, finite = update(state, value, gradients)
             return new, value, finite, gradients
 

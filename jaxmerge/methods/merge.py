@@ -45,8 +45,8 @@ def merge(
     Args:
         method: what to do, such as `jm.ties(density=0.2)`.
         experts: parameter trees with the same tensors, a list or a dict by name (names appear in reports and errors and
-            key the random draws). Lists are named `expert_0`, `expert_1`, … As an argument of a function under `jax.jit`
-            a dict comes out sorted by name, as JAX sorts all dicts: give coefficients by name there, or a list.
+            key the random draws). Lists are named `expert_0`, `expert_1`, … As an argument of a jitted function a dict
+            comes out sorted by name, as JAX sorts all dicts: give coefficients by name there, or a list of experts.
         base: parameters that the experts were tuned from; task-vector methods need it.
         key: PRNG key (or an integer seed) for methods that draw.
         rules: how tensor names are read, where the defaults guess wrong; which leaves are layer-stacked.

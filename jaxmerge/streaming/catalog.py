@@ -381,7 +381,7 @@ class Catalog:
     def record_run(
         self,
         plan: Any,
-        out: Path,
+        out: Path | str,
         method: str,
         sources: Mapping[str, Checkpoint],
         fetched: Mapping[str, int],

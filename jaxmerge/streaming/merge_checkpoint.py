@@ -380,13 +380,6 @@ class _Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class UploadReport(StreamReport):
-    """A checkpoint that was streamed and uploaded: `path` is its URL, and `publish` the time of the upload."""
-
-    path: Any
-
-
-@dataclasses.dataclass(frozen=True)
 class _Context:
     """What is known about a tree that is saved.
 
@@ -493,8 +486,7 @@ def _saved(
                 )
         published = time.perf_counter()
     resumed = [name for name in here if name in finished]
-    kind = StreamReport if isinstance(writer.path, Path) else UploadReport
-    return kind(
+    return StreamReport(
         path=writer.path,
         tensors=len(tensors),
         merged=len({part.name for part in (*plan.shared, *plan.alone) if merges_within(part.leaf)}),

@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxmerge.streaming.budget import AccessPlan
 from jaxmerge.streaming.sizes import format_bytes
@@ -20,14 +21,14 @@ class StreamReport:
     """A checkpoint that was written by streaming.
 
     Attributes:
-        path: where it stands.
+        path: where it stands: a path, or a URL as text.
         tensors: number of tensors in it, tied ones counted once.
         merged: how many of those were merged; the others were copied.
         bytes_read: bytes fetched, without headers, from each checkpoint that was given by path or opened, by the
             expert's name (`"the base"` for the base). What was given as a tree is not counted.
         bytes_written: bytes of tensors written.
         seconds: wall time by phase: `open` (and check), `choose` (what is read within an I/O budget), `plan` (and
-            compile), `stream` (read, compute, write), `publish` (make durable and rename).
+            compile), `stream` (read, compute, write), `publish` (make durable and rename, or upload).
         worker_seconds: time of all workers together in the phase `stream`, by activity: `read`, `compute`, `hash`
             (of what is written, for the manifest), `write`.
         workers: number of workers.
@@ -40,7 +41,7 @@ class StreamReport:
         reused: how many tensors were copied from an earlier output.
     """
 
-    path: Path
+    path: Any
     tensors: int
     merged: int
     bytes_read: Mapping[str, int]

@@ -249,7 +249,7 @@ except CheckpointError as error:
         ("model", {"side_files": {"../config.json": b""}}, "cannot be the name of a side file"),
         ("model", {"side_files": {"model.safetensors": b""}}, "cannot be the name of a side file"),
         ("model", {"metadata": {"step": object()}}, "metadata cannot be written as JSON"),
-        ("s3://bucket/model", {}, "local paths only"),
+        ("https://host/model", {}, "web servers can only be read from"),
     ],
     ids=range(7),
 )
