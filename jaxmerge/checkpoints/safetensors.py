@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,6 +82,10 @@ def open_file(source: ByteSource) -> tuple[dict[str, StoredTensor], dict[str, st
     return tensors, metadata
 
 
+_PART = re.compile(r"-of-0*(?!1\.)[1-9]\d*\.safetensors$")
+"""What a shard among several is called. Alone and without an index it is part of a checkpoint that was not copied."""
+
+
 def open_folder(store: Store) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Reads the headers of a Hugging Face folder: one file, or shards with an index.
 
@@ -97,7 +102,7 @@ def open_folder(store: Store) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         return open_file(source)
     if len(indices) == 1 and (index := store.read_file(indices[0])) is not None:
         return _open_shards(store, indices[0], index)
-    if len(weights) == 1 and (source := store.source(weights[0])):
+    if len(weights) == 1 and not _PART.search(weights[0]) and (source := store.source(weights[0])):
         return open_file(source)
     raise CheckpointError(
         f"{store.path}: {len(weights)} .safetensors files and {len(indices)} indices were found; "

@@ -70,9 +70,9 @@ class Learned:
 
     @property
     def coefficients(self) -> dict[str, Any]:
-        """Every learned number: `{tensor: {expert: number}}`, `{expert: number}`, … as far as they have their own.
+        """Every learned number, in nested dicts: by tensor, then by expert, as far as these have numbers of their own.
 
-        With several learned coefficients in one method, these by the coefficient's name.
+        With several learned coefficients in one method, first by the name of the coefficient.
         """
         return by_path(self.method, self._coefficients)
 

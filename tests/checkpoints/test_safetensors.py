@@ -202,6 +202,9 @@ def test_shards_without_an_index_are_an_error_and_a_lone_file_is_not(sharded):
     with pytest.raises(CheckpointError, match="2 .safetensors files and 0 indices"):
         open_checkpoint(path)
     (path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="1 .safetensors files and 0 indices"):  # half of a copy
+        open_checkpoint(path)
+    (path / "model-00002-of-00002.safetensors").rename(path / "model-00001-of-00001.safetensors")
     assert list(open_checkpoint(path).params) == ["b"]
 
 
