@@ -6,6 +6,7 @@ few lengths, and where a method does not look at the shape they share one compil
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,9 @@ from jaxtyping import Array, Bool, Num
 
 from jaxmerge.methods.measurements import Measurement
 from jaxmerge.methods.method import Method
-from jaxmerge.methods.programs import finite_inputs, widened, with_check
+from jaxmerge.methods.programs import finite_inputs, widened
 from jaxmerge.trees.info import TensorInfo
+from jaxmerge.trees.task_vectors import accumulation_dtype
 
 
 class SharedProgram:
@@ -97,8 +99,17 @@ def merge_checked_chunk(
     info: TensorInfo,
     stats: tuple[Any, ...],
 ) -> tuple[Num[Array, "..."], Bool[Any, ""]]:
-    """Like `merge_chunk`, and tells whether the result is finite, which it is not where an input is not."""
-    return with_check(_merge(method, base, experts, info, stats), base, experts)
+    """Like `merge_chunk`, and tells whether the result is finite, which it is not where an input is not.
+
+    A reduction over every input takes XLA:CPU as long as the arithmetic of most methods. So entries with an input that
+    is not finite become NaN on the way, and only the result is reduced. (In memory that would round otherwise.)
+    """
+    merged = _merge(method, base, experts, info, stats)
+    inputs = [x for x in (base, *experts) if x is not None]
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in inputs])
+    merged = jnp.where(finite, merged, jnp.nan)
+    # 0 * x is 0 or NaN; a sum is vectorised, a logical reduction is not.
+    return merged, jnp.sum(0 * merged.astype(accumulation_dtype(merged.dtype))) == 0
 
 
 @SharedProgram

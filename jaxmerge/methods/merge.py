@@ -79,9 +79,9 @@ def merge(
     finite, notes = {}, {}
     for bucket in buckets:
         known, batch, sharding = model_stats[bucket.group], bucket.batch, bucket.sharding
-        checked = not (traced or allow_nonfinite)
-        options: Any = {"batch": batch, "noted": return_report, "checked": checked, "sharding": sharding}
-        result, flags, noted = bucket.in_turn(merge_whole(*bucket.operands, known, **options))
+        result, flags, noted = bucket.in_turn(
+            merge_whole(*bucket.operands, known, batch=batch, noted=return_report, sharding=sharding)
+        )
         if len(bucket.names) > 1:
             merged.update(zip(bucket.names, jnp.unstack(result), strict=True))
         else:
@@ -93,11 +93,10 @@ def merge(
 
 
 def _check_finite(job: Assignment, finite: dict[str, Any]) -> None:
-    """Raises the error for the first input that is not finite; `finite` tells of each tensor whether its result is."""
-    for name in (name for name, good in finite.items() if not good):
-        task = job.tasks[name]
-        for index, leaf in enumerate(x for x in (task.base, *task.experts) if x is not None):
-            if not jnp.isfinite(leaf).all():
+    """Raises the error for the first input that is not finite; `finite` has a row of flags per tensor name."""
+    for name, flags in finite.items():
+        for index, good in enumerate(flags):
+            if not good:
                 raise NonFiniteError(nonfinite_message(job.source_name(index), name))
 
 

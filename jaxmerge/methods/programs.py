@@ -30,7 +30,7 @@ ModelStats = dict[int, Any]
 """Results of the measurements over the model that are known so far, by number of the pass."""
 
 
-@functools.partial(jax.jit, static_argnames=("batch", "noted", "checked", "sharding"))
+@functools.partial(jax.jit, static_argnames=("batch", "noted", "sharding"))
 def merge_whole(
     method: Method,
     base: Num[Array, "..."] | None,
@@ -40,9 +40,8 @@ def merge_whole(
     *,
     batch: Batch | None = None,
     noted: bool = False,
-    checked: bool = False,
     sharding: Any = None,
-) -> tuple[Array, Bool[Array, ""], dict[str, Array]]:
+) -> tuple[Array, Bool[Array, " inputs"], dict[str, Array]]:
     """Measures and merges one whole tensor.
 
     Args:
@@ -53,11 +52,10 @@ def merge_whole(
         model_stats: results of measurements over the model.
         batch: axis 0 holds equal-shaped tensors that are merged each by itself.
         noted: also return what a report shows.
-        checked: tell whether the result is finite, which it is not where an input is not.
         sharding: constraint on the result, or None.
 
     Returns:
-        The merged tensor in the inputs' dtype; whether it is finite (True unless checked); notes for the report.
+        The merged tensor in the inputs' dtype; whether base (first) and experts are finite; notes for the report.
     """
     given = [x for x in (base, *experts) if x is not None]
     dtype = given[0].dtype
@@ -72,23 +70,7 @@ def merge_whole(
     merged, notes = _for_each(one, batch)(method, base, experts, info)
     if sharding is not None:
         merged = with_sharding(merged, sharding)
-    merged, finite = with_check(merged, base, experts) if checked else (merged, jnp.asarray(True))
-    return merged, finite, _summed(notes, batch)
-
-
-def with_check(
-    merged: Num[Array, "..."], base: Num[Any, "..."] | None, experts: list[Num[Any, "..."]]
-) -> tuple[Num[Array, "..."], Bool[Any, ""]]:
-    """A merged tensor that is NaN where an input is not finite, and whether it is finite.
-
-    A reduction over every input takes XLA:CPU as long as the arithmetic of most methods. So entries with an input that
-    is not finite become NaN on the way, and only the result is reduced.
-    """
-    inputs = [x for x in (base, *experts) if x is not None]
-    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in inputs])
-    merged = jnp.where(finite, merged, jnp.nan)
-    # 0 * x is 0 or NaN; a sum is vectorised, a logical reduction is not.
-    return merged, jnp.sum(0 * merged.astype(accumulation_dtype(merged.dtype))) == 0
+    return merged, finite_inputs(base, experts), _summed(notes, batch)
 
 
 @functools.partial(jax.jit, static_argnames="batch")
