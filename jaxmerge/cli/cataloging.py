@@ -25,7 +25,7 @@ def merge_within(
 
     Args:
         recipe: the recipe.
-        out: a local folder.
+        out: a local folder, or an `s3://` or `gs://` URL.
         overwrite: replace what stands there.
         options: `io_budget`, `catalog`, `policy` and `memory_budget` of `merge_checkpoint`, as far as they are given.
         plan: file with an access plan, in place of `io_budget`.

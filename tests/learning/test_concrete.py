@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,14 +29,6 @@ EXPERTS = {
 LOGITS = {name: RNG.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 INPUTS = {"a": RNG.uniform(size=(6, 4)).astype(np.float32), "b": RNG.uniform(size=(6, 4)).astype(np.float32)}
 PLAIN = jm.task_arithmetic(0.5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly() -> Iterator[None]:
-    """Programs run a few times only, so they are compiled without LLVM's expensive passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def network(params, x):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,14 +22,6 @@ BASE = {name: RNG.normal(size=shape).astype(np.float32) for name, shape in SHAPE
 CANDIDATES = {e: {n: (w + RNG.normal(size=w.shape)).astype(np.float32) for n, w in BASE.items()} for e in NAMES}
 TARGET = RNG.normal(size=SHAPES["head"]).astype(np.float32)
 BATCHES = [RNG.normal(size=(5, 3)).astype(np.float32) for _ in range(2)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly() -> Iterator[None]:
-    """Programs run a few times only, so they are compiled without LLVM's expensive passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def loss(params, x):
