@@ -96,8 +96,8 @@ class Recipe:
         """Merges, from disk to disk.
 
         Args:
-            out: a local folder, or an `s3://` or `gs://` URL; it gets the side files (config, tokenizer, …) of the base,
-                or of the first expert.
+            out: a local folder, or an `s3://` or `gs://` URL; it gets the side files (config, tokenizer, …) of the
+                base, or of the first expert.
             memory_budget: bytes (or text such as "1GiB") that the work may take beside Python and its libraries.
             overwrite: replace what stands at `out`, when the merge is complete.
             progress: show a progress bar; by default in a terminal or notebook.
