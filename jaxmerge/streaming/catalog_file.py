@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import sqlite3
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -162,9 +163,11 @@ def _connected(path: str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
     try:
         connection.row_factory = sqlite3.Row
+        connection.execute("BEGIN")  # one moment for all three, also while another program makes the tables
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
+        connection.execute("COMMIT")
         if tables and application != _APPLICATION:
             raise CheckpointError(f"{path} is a database of another program; choose another path for the catalog")
         if version > len(_MIGRATIONS):
@@ -177,7 +180,7 @@ def _connected(path: str) -> sqlite3.Connection:
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
-        connection.execute("PRAGMA journal_mode = WAL")
+        _keep_a_log(connection)
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
         if version < len(_MIGRATIONS):
@@ -188,6 +191,19 @@ def _connected(path: str) -> sqlite3.Connection:
     except BaseException:
         connection.close()
         raise
+
+
+def _keep_a_log(connection: sqlite3.Connection) -> None:
+    """Turns write-ahead logging on. SQLite does not wait for others in this one step, so the waiting is done here."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _tables(connection: sqlite3.Connection) -> set[tuple[str, str]]:

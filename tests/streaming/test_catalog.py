@@ -335,6 +335,25 @@ def test_several_may_use_a_catalog_at_a_time(tmp_path: Path) -> None:
         assert set(catalog.add(base, experts).values()) == {0}
 
 
+def test_several_may_begin_a_catalog_at_a_time(tmp_path: Path) -> None:
+    failures: list[BaseException] = []
+
+    def begin(path: Path) -> None:
+        try:
+            open_catalog(path).close()
+        except BaseException as error:
+            failures.append(error)
+
+    for number in range(30):
+        path = tmp_path / f"{number}.catalog"
+        threads = [threading.Thread(target=begin, args=(path,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
 def test_fingerprints_behind_urls(tmp_path: Path) -> None:
     """`memory://` has generations as s3 and gs have; what has none never equals itself."""
     ts = pytest.importorskip("tensorstore")
