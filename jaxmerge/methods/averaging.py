@@ -24,6 +24,8 @@ class Linear(Method):
     weights: Any = 1.0
     normalize: bool = static(default=True)
 
+    spreads_nonfinite = True
+
     def at(self, info: TensorInfo, experts: tuple[str, ...]) -> Linear:
         return dataclasses.replace(self, weights=per_expert(self.weights, info, experts, "weights"))
 

@@ -17,7 +17,7 @@ from jaxmerge.methods.given import read_given
 from jaxmerge.methods.lazy import disagreement_message, merge_lazily, nonfinite_message
 from jaxmerge.methods.measurements import Total, begin_search, next_round, search_result, search_rounds
 from jaxmerge.methods.method import Method
-from jaxmerge.methods.programs import Batch, ModelStats, count_whole, measure_whole, merge_whole
+from jaxmerge.methods.programs import Batch, ModelStats, count_whole, finite_inputs, measure_whole, merge_whole
 from jaxmerge.methods.report import MergeReport, TensorReport
 from jaxmerge.trees.info import Rules
 from jaxmerge.trees.lazy import LazyTensor
@@ -93,8 +93,13 @@ def merge(
 
 
 def _check_finite(job: Assignment, finite: dict[str, Any]) -> None:
-    """Raises the error for the first input that is not finite; `finite` has a row of flags per tensor name."""
+    """Raises the error for the first input that is not finite; `finite` has what `merge_whole` tells, by tensor name."""
     for name, flags in finite.items():
+        if flags.ndim == 0:
+            if flags:
+                continue
+            task = job.tasks[name]
+            flags = jax.device_get(jax.jit(finite_inputs)(task.base, task.experts))
         for index, good in enumerate(flags):
             if not good:
                 raise NonFiniteError(nonfinite_message(job.source_name(index), name))
@@ -139,10 +144,10 @@ def _buckets(job: Assignment, traced: bool) -> list[_Bucket]:
         single = not traced or task.stacked or plain
         program = name if single else (structure, task.experts[0].shape, task.experts[0].dtype)
         alike.setdefault((task.group, program), []).append((name, task))
-    buckets = []
+    buckets, placed = [], {}
     for (group, _), members in alike.items():
         names, tasks = [name for name, _ in members], [task for _, task in members]
-        operands = [_operands(task, traced) for task in tasks]
+        operands = [_operands(task, traced, placed) for task in tasks]
         stacked: Batch | None = "vmap" if tasks[0].stacked else None
         if len(members) > 1:
             together = jax.tree.map(_stacked, *operands)
@@ -152,7 +157,7 @@ def _buckets(job: Assignment, traced: bool) -> list[_Bucket]:
     return buckets
 
 
-def _operands(task: TensorTask, traced: bool) -> tuple[Any, ...]:
+def _operands(task: TensorTask, traced: bool, placed: dict[Any, jax.Array]) -> tuple[Any, ...]:
     """What a program is given: coefficients as arrays, and experts sharded as the base is."""
     method, info = jax.tree.map(_as_array, (read_given(task.method), task.info.for_program()))
     if task.stacked:
@@ -161,9 +166,19 @@ def _operands(task: TensorTask, traced: bool) -> tuple[Any, ...]:
     if not traced:  # explicitly, so that a transfer guard sees no accident; layers where the layers of the tensors are
         by_layer = task.stacked and isinstance(sharding, NamedSharding)
         layers = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1])) if by_layer else None
-        method, info = jax.device_put((method, info), layers)
+        method, info = jax.tree.map(lambda x: _placed(x, layers, placed), (method, info))
     experts = [x if sharding is None or x.sharding == sharding else jax.device_put(x, sharding) for x in task.experts]
     return method, task.base, experts, info
+
+
+def _placed(value: Any, sharding: Any, placed: dict[Any, jax.Array]) -> jax.Array:
+    """A coefficient on the device. Most are the same for all tensors and experts, and each is put there once."""
+    if isinstance(value, jax.Array):
+        return jax.device_put(value, sharding)
+    key = (value.tobytes(), value.shape, value.dtype, sharding)
+    if key not in placed:
+        placed[key] = jax.device_put(value, sharding)
+    return placed[key]
 
 
 def _as_array(value: Any) -> Any:

@@ -51,6 +51,9 @@ class Value:
     """True when the operation needs a tensor whole, with its axes; false when any chunk will do once measured."""
     draws: bool = False
     """True when the operation draws random numbers and needs a key."""
+    spreads_nonfinite: bool = False
+    """True when NaN or infinity in any input makes the entry NaN or infinite in the result, also with a weight of 0: then
+    the result tells whether the inputs are finite, and nobody needs to look at them."""
 
     def at(self: T, info: TensorInfo, experts: tuple[str, ...]) -> T:
         """The same operation with its coefficients made plain numbers for one tensor."""

@@ -41,7 +41,7 @@ def merge_whole(
     batch: Batch | None = None,
     noted: bool = False,
     sharding: Any = None,
-) -> tuple[Array, Bool[Array, " inputs"], dict[str, Array]]:
+) -> tuple[Array, Bool[Array, "..."], dict[str, Array]]:
     """Measures and merges one whole tensor.
 
     Args:
@@ -55,7 +55,8 @@ def merge_whole(
         sharding: constraint on the result, or None.
 
     Returns:
-        The merged tensor in the inputs' dtype; whether base (first) and experts are finite; notes for the report.
+        The merged tensor in the inputs' dtype; whether base (first) and experts are finite, or one flag for all where
+        the result tells (false also where the cast overflows); notes for the report.
     """
     given = [x for x in (base, *experts) if x is not None]
     dtype = given[0].dtype
@@ -70,7 +71,9 @@ def merge_whole(
     merged, notes = _for_each(one, batch)(method, base, experts, info)
     if sharding is not None:
         merged = with_sharding(merged, sharding)
-    return merged, finite_inputs(base, experts), _summed(notes, batch)
+    tells = method.spreads_nonfinite and (base is None or method.needs_base)
+    finite = _is_finite(merged) if tells else finite_inputs(base, experts)
+    return merged, finite, _summed(notes, batch)
 
 
 @functools.partial(jax.jit, static_argnames="batch")
@@ -171,6 +174,11 @@ def widened(method: Method, base: Any, experts: list[Any]) -> tuple[Method, Any,
 
     method = jax.tree.map(lambda x: widen(jnp.asarray(x)), method)
     return method, None if base is None else widen(base), [widen(x) for x in experts]
+
+
+def _is_finite(x: Num[Any, "..."]) -> Bool[Array, ""]:
+    # 0 * x is 0 or NaN; a sum is vectorised, a logical reduction is not.
+    return jnp.sum(0 * x.astype(accumulation_dtype(x.dtype))) == 0
 
 
 def finite_inputs(base: Num[Any, "..."] | None, experts: list[Num[Any, "..."]]) -> Bool[Array, " inputs"]:

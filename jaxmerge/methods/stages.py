@@ -86,6 +86,10 @@ class Chain(Method):
     def draws(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return any(stage.draws for stage in self.stages)
 
+    @property
+    def spreads_nonfinite(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(stage.spreads_nonfinite for stage in self.stages)
+
     def at(self, info: TensorInfo, experts: tuple[str, ...]) -> Chain:
         return Chain(tuple(stage.at(info, experts) for stage in self.stages))
 

@@ -22,6 +22,8 @@ class Weigh(Stage):
 
     weights: Any = None
 
+    spreads_nonfinite = True
+
     def at(self, info: TensorInfo, experts: tuple[str, ...]) -> Weigh:
         return dataclasses.replace(self, weights=per_expert(self.weights, info, experts, "weights"))
 
@@ -38,6 +40,7 @@ class Total(Stage):
     normalize: bool = static(default=False)
 
     combines = True
+    spreads_nonfinite = True
 
     def apply(self, vectors: TaskVectors, info: TensorInfo, measured: Any) -> TaskVectors:
         merged = sum(vectors.deltas[1:], vectors.deltas[0])
@@ -51,6 +54,8 @@ class Scale(Stage):
     """See `scale`."""
 
     factor: Any
+
+    spreads_nonfinite = True
 
     def apply(self, vectors: TaskVectors, info: TensorInfo, measured: Any) -> TaskVectors:
         if vectors.merged is not None:

@@ -55,6 +55,21 @@ def test_nonfinite_base_is_named_and_may_pass():
     assert np.isfinite(merged["head"]).all()
 
 
+def test_a_result_that_overflows_is_no_bad_input():
+    """Where the result tells whether inputs are finite, they are looked at before anybody is blamed."""
+    large = {"a": jnp.full(4, 60000, jnp.float16)}
+    assert np.isinf(jm.merge(jm.linear([1.0, 1.0], normalize=False), [large, large])["a"]).all()
+    base = {"a": jnp.zeros(4, jnp.float16)}
+    hidden = {"a": jnp.array([0, 0, jnp.nan, 0], jnp.float16)}
+    for weights in ([1.0, 0.0], [0.0, 0.0]):
+        with pytest.raises(jm.NonFiniteError, match="'bad'"):
+            jm.merge(jm.linear(weights, normalize=False), {"good": base, "bad": hidden})
+        with pytest.raises(jm.NonFiniteError, match="'bad'"):
+            jm.merge(jm.task_arithmetic(0.0, weights=weights), {"good": base, "bad": hidden}, base=base)
+    with pytest.raises(jm.NonFiniteError, match="the base"):  # which linear does not even use
+        jm.merge(jm.linear(), [base, base], base=hidden)
+
+
 def test_many_missing_tensors_are_counted():
     base = {f"layers/{i}": jnp.ones(2) for i in range(9)}
     with pytest.raises(jm.StructureError, match=r"and 5 more"):
