@@ -8,8 +8,9 @@ Every row is kept in a file of its own, so a run that was ended goes on where it
     PYTHONPATH=. python benchmarks/vision_suite.py --data DATA --images 500 --rows out/ --only ties adamerging
     PYTHONPATH=. python benchmarks/vision_suite.py --data DATA --images 500 --rows out/ --study entropy.png
 
-DATA holds `vision/TASK.npz` and `vision-experts/`. `--peer-python` also merges by published implementations in a
-process of their own (see `_vision_peers.py`), from the same checkpoints with the same settings, statistics and batches.
+DATA holds `vision/TASK.npz` and `vision-experts/`, unless `--experts` names another folder of experts, such as
+`train_vision_experts.py` makes. `--peer-python` also merges by published implementations in a process of their own (see
+`_vision_peers.py`), from the same checkpoints with the same settings, statistics and batches.
 """
 
 from __future__ import annotations
@@ -53,14 +54,15 @@ class Suite:
     """Base, experts, and the images of the eight tasks.
 
     Args:
-        data: folder with `vision/` and `vision-experts/`.
+        data: folder with `vision/`.
+        experts: folder with base, experts and heads.
         most: how many test images of each task are looked at; None for all.
         validation: how many validation images.
         settings: of learning.
     """
 
-    def __init__(self, data: Path, most: int | None, validation: int | None, settings: Settings):
-        self.model = vision_experts.load(data / "vision-experts")
+    def __init__(self, data: Path, experts: Path, most: int | None, validation: int | None, settings: Settings):
+        self.model = vision_experts.load(experts)
         self.base, self.experts, self.settings = self.model.base, self.model.experts, settings
         self.images: dict[str, dict[str, np.ndarray]] = {"train": {}, "val": {}, "test": {}}
         self.labels: dict[str, dict[str, np.ndarray]] = {"train": {}, "val": {}, "test": {}}
@@ -251,9 +253,9 @@ ROWS = {
 class Peers:
     """The process that merges by published implementations, and the folder through which tensors pass."""
 
-    def __init__(self, python: str, path: str | None, data: Path, folder: Path):
+    def __init__(self, python: str, path: str | None, experts: Path, folder: Path):
         self._out, self._inputs, pipe = folder / "merged.npz", folder / "inputs.npz", subprocess.PIPE
-        command = [python, str(Path(__file__).with_name("_vision_peers.py")), str(data / "vision-experts")]
+        command = [python, str(Path(__file__).with_name("_vision_peers.py")), str(experts)]
         environment = {**os.environ, **({} if path is None else {"PYTHONPATH": path})}
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
@@ -546,6 +548,7 @@ def plot_study(study: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with vision/ and vision-experts/")
+    parser.add_argument("--experts", type=Path, help="folder of experts; DATA/vision-experts by default")
     parser.add_argument("--images", type=int, help="test images of each task; all by default")
     parser.add_argument("--validation", type=int, help="validation images of each task; all by default")
     parser.add_argument("--rows", type=Path, required=True, help="folder for a file per row; what is there is kept")
@@ -563,7 +566,8 @@ def main() -> None:
 
     settings = Settings(arguments.steps, arguments.rate, arguments.batch)
     told = {"images": arguments.images, "validation": arguments.validation, **settings._asdict()}
-    suite = Suite(arguments.data, arguments.images, arguments.validation, settings)
+    experts = arguments.experts or arguments.data / "vision-experts"
+    suite = Suite(arguments.data, experts, arguments.images, arguments.validation, settings)
     arguments.rows.mkdir(parents=True, exist_ok=True)
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; {told}", flush=True)
 
@@ -579,7 +583,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vision-suite-") as folder:
         peers = None
         if arguments.peer_python:
-            peers = Peers(arguments.peer_python, arguments.peer_path, arguments.data, Path(folder))
+            peers = Peers(arguments.peer_python, arguments.peer_path, experts, Path(folder))
         rows = {}
         for name in arguments.only or ROWS:
             run = partial(run_row, suite, ROWS[name], range(arguments.seeds), peers)

@@ -161,6 +161,10 @@ from jaxmerge.trees.info import TensorInfo as TensorInfo
 from jaxmerge.trees.layers import select_layers as select_layers
 from jaxmerge.trees.layers import stack_layers as stack_layers
 from jaxmerge.trees.lazy import LazyTensor as LazyTensor
+from jaxmerge.trees.naming import NameRule as NameRule
+from jaxmerge.trees.naming import Naming as Naming
+from jaxmerge.trees.naming import naming as naming
+from jaxmerge.trees.naming import naming_for as naming_for
 from jaxmerge.trees.paths import named_leaves as named_leaves
 from jaxmerge.trees.paths import renamed as renamed
 from jaxmerge.trees.task_vectors import apply_task_vector as apply_task_vector
