@@ -163,6 +163,10 @@ class Measured(Stage):
         return self.stage.whole_tensor
 
     @property
+    def in_one_place(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.stage.in_one_place
+
+    @property
     def draws(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.stage.draws
 

@@ -92,6 +92,7 @@ class KeepMiddleOfFibres(Stage):
     _removed: Any = None
 
     whole_tensor = True
+    in_one_place = True
 
     def at(self, info: TensorInfo, experts: tuple[str, ...]) -> KeepMiddleOfFibres:
         length = info.shape[self.axis if len(info.shape) > 1 else -1] if info.shape else 1

@@ -60,6 +60,7 @@ class Magprune(Stage):
 
     draws = True
     whole_tensor = True
+    in_one_place = True
 
     def at(self, info: TensorInfo, experts: tuple[str, ...]) -> Magprune:
         densities = per_expert(self.density, info, experts, "densities")

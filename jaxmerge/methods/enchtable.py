@@ -32,6 +32,7 @@ class Enchtable(Method):
 
     needs_base = True
     whole_tensor = True
+    in_one_place = True
 
     @property
     def passes(self) -> tuple[Scope, ...]:

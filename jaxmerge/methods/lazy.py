@@ -14,12 +14,12 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 
 from jaxmerge.errors import NonFiniteError, StructureError
 from jaxmerge.methods.assignment import Assignment, TensorTask
@@ -71,9 +71,11 @@ class Reader:
 
     Attributes:
         chunk: entries per chunk.
+        samples: whether a sample may be taken, which reads some entries twice.
     """
 
     chunk: int = CHUNK
+    samples: bool = True
 
     def visit(self, tasks: Sequence[TensorTask], function: Callable[[TensorTask, Chunk], T]) -> list[T]:
         """Calls a function for every chunk of the tensors, maybe from several threads; results are in order."""
@@ -86,6 +88,18 @@ class Reader:
             for i, start in enumerate(starts):
                 source.read_flat(start, array[i * run : (i + 1) * run])
         return chunk
+
+    def combine(self, totals: list[Any], search: Search) -> list[Any]:
+        """Adds what other processes have found in their shares of the chunks; here there are none.
+
+        Args:
+            totals: for each chunk the leaves of its `Total`, or None; also None for a chunk of another process.
+            search: the `Search` that was fed; it gets the others' counts.
+
+        Returns:
+            The totals of all chunks.
+        """
+        return totals
 
 
 _READER = Reader()
@@ -143,26 +157,39 @@ class LazyMerge:
 
     def _measured(self, tasks: Sequence[TensorTask], reader: Reader) -> Any:
         """The next measurement, over all entries of these tensors together."""
-        search = _Search(sum(task.info.size for task in tasks))
+        search, structure = Search(sum(task.info.size for task in tasks)), None
 
         def take(task: TensorTask, chunk: Chunk) -> Any:
+            nonlocal structure
             measurement = self._measure_chunk(task, chunk)
             if isinstance(measurement, Total):
-                return jax.tree.map(lambda x: np.asarray(x, np.float64), measurement.value)
+                leaves, structure = jax.tree.flatten(measurement.value)
+                return [np.asarray(x, np.float64) for x in leaves]
             search.update(measurement, chunk.size)
             return None
 
-        if search.population >= _SAMPLED_POPULATION and not any(task.method.whole_tensor for task in tasks):
+        large = search.population >= _SAMPLED_POPULATION
+        if large and reader.samples and not any(task.method.whole_tensor for task in tasks):
             run, samples = _sample_places(tasks, reader.chunk)
             pieces = [(self._measure_chunk(task, reader.sample(task, at, run)), len(at)) for task, at in samples]
             search.sample(pieces, run)
         while not search.done:
-            totals = reader.visit(tasks, take)
+            totals = reader.combine(reader.visit(tasks, take), search)
             if totals[0] is not None:
-                total = jax.tree.map(lambda *parts: functools.reduce(np.add, parts), *totals)
-                return jax.tree.map(lambda x: np.asarray(x, accumulation_dtype(tasks[0].experts[0].dtype)), total)
+                total = [functools.reduce(np.add, parts) for parts in zip(*totals, strict=True)]
+                total = [np.asarray(x, accumulation_dtype(tasks[0].experts[0].dtype)) for x in total]
+                return jax.tree.unflatten(structure or self._structure(tasks[0]), total)
             search.end_pass()
         return search.result
+
+    def _structure(self, task: TensorTask) -> Any:
+        """The structure of the next measurement of a task, which is a total, where no chunk of it was measured here."""
+        shape = task.info.shape if task.method.whole_tensor else (_SHORTER[0],)
+        base = None if task.base is None else jax.ShapeDtypeStruct(shape, task.base.dtype)
+        experts = [jax.ShapeDtypeStruct(shape, expert.dtype) for expert in task.experts]
+        method, stats = jax.tree.map(_unread, task.method), tuple(self._stats[id(task)])
+        measurement = measure_chunk.shape(method, base, experts, chunk_info(task.info, 0), stats)[0]
+        return jax.tree.structure(measurement.value)
 
     def _measure_chunk(self, task: TensorTask, chunk: Chunk) -> Measurement:
         stats = tuple(self._stats[id(task)])
@@ -362,7 +389,7 @@ def disagreement_message(expert: str, tensor: str, dtype: Any) -> str:
     )
 
 
-class _Search:
+class Search:
     """The searches for an order statistic of K experts with R ranks each; several threads may feed them."""
 
     def __init__(self, population: int):
@@ -410,13 +437,39 @@ class _Search:
                 if not search.done:
                     search.end_pass()
 
+    def counts(self) -> dict[str, np.ndarray]:
+        """What the pass has counted so far, and what is searched, as plain arrays; empty before anything was fed."""
+        if not self._rows:
+            return {}
+        searches = [search for _, row in self._rows for search in row]
+        ranks = np.array([[search.rank for search in row] for _, row in self._rows], np.int64)
+        told: dict[str, np.ndarray] = {"ranks": ranks, "of": np.empty(0, searches[0].dtype)}
+        for i, search in enumerate(search for search in searches if not search.done):
+            told |= {f"{i}/{name}": array for name, array in search.counts().items()}
+        return told
+
+    def take_counts(self, parts: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Puts what several processes have counted in their shares of one pass in the place of this one's counts."""
+        parts = [part for part in parts if part]
+        if not parts:
+            return
+        self._begin(parts[0]["ranks"], parts[0]["of"].dtype)
+        open_searches = [search for _, row in self._rows for search in row if not search.done]
+        for i, search in enumerate(open_searches):
+            names = ("counted", "offsets", "counts")
+            search.take_counts([{name: part[f"{i}/{name}"] for name in names} for part in parts])
+
     def _prepare(self, measurement: OrderStatistic) -> None:
         with self._lock:
             if not self._rows:
-                dtype = measurement.values[0].dtype
-                for ranks in np.asarray(measurement.ranks).astype(np.int64):
-                    row = [OrderStatisticSearch(int(high << 32 | low), self.population, dtype) for high, low in ranks]
-                    self._rows.append((threading.Lock(), row))
+                words = np.asarray(measurement.ranks).astype(np.int64)
+                self._begin(words[..., 0] << 32 | words[..., 1], measurement.values[0].dtype)
+
+    def _begin(self, ranks: Int[np.ndarray, "K R"], dtype: np.dtype) -> None:
+        if not self._rows:
+            for row in ranks:
+                searches = [OrderStatisticSearch(int(rank), self.population, dtype) for rank in row]
+                self._rows.append((threading.Lock(), searches))
 
 
 def _sample_places(tasks: Sequence[TensorTask], chunk: int) -> tuple[int, list[tuple[TensorTask, list[int]]]]:

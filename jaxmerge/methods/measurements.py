@@ -68,11 +68,11 @@ def kept_count(density: Any, size: int, *, inclusive: bool = False, count: Count
         dropped = int((1 - float(density)) * size + size * 2.0**-50)
         kept = int(float(density) * size) if count == "kept" else size - dropped
         return min(max(kept + extra, 1), size)
-    density = jax.lax.stop_gradient(density)
-    nudge = size * 2.0**-22
-    exact = density * size
-    kept = jnp.floor(exact + density * nudge) if count == "kept" else size - jnp.floor(size - exact + nudge)
-    return jnp.clip(kept + extra, 1.0, float(size))
+    density, entries = jax.lax.stop_gradient(density), float(size)  # large models have more entries than an int32 holds
+    nudge = entries * 2.0**-22
+    exact = density * entries
+    kept = jnp.floor(exact + density * nudge) if count == "kept" else entries - jnp.floor(entries - exact + nudge)
+    return jnp.clip(kept + extra, 1.0, entries)
 
 
 def measured_here(measurement: Measurement) -> Any:

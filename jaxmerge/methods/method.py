@@ -49,11 +49,14 @@ class Value:
 
     whole_tensor: bool = False
     """True when the operation needs a tensor whole, with its axes; false when any chunk will do once measured."""
+    in_one_place: bool = False
+    """True when a device that computes any of the result needs all of the tensor: it is factorised or sorted. Where
+    tensors are sharded, each is then merged by one device, and different ones at the same time."""
     draws: bool = False
     """True when the operation draws random numbers and needs a key."""
     spreads_nonfinite: bool = False
-    """True when NaN or infinity in any input makes the entry NaN or infinite in the result, also with a weight of 0: then
-    the result tells whether the inputs are finite, and nobody needs to look at them."""
+    """True when NaN or infinity in any input makes the entry NaN or infinite in the result, also with a weight of 0:
+    then the result tells whether the inputs are finite, and nobody needs to look at them."""
 
     def at(self: T, info: TensorInfo, experts: tuple[str, ...]) -> T:
         """The same operation with its coefficients made plain numbers for one tensor."""

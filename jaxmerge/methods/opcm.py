@@ -41,6 +41,7 @@ class Opcm(Method):
 
     needs_base = True
     whole_tensor = True
+    in_one_place = True
 
     @property
     def passes(self) -> tuple[Scope, ...]:
@@ -69,6 +70,7 @@ class Absorb(Method):
     factored: Factored = static(default="kernels")
 
     whole_tensor = True
+    in_one_place = True
 
     def merge_tensor(self, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]) -> Array:
         total, delta = experts

@@ -18,13 +18,14 @@ from jaxtyping import Array, Bool, Num
 
 from jaxmerge.methods.measurements import BitSearch, Measurement, OrderStatistic, Scope, Total, measured_here
 from jaxmerge.methods.method import Method
-from jaxmerge.methods.sharding import along_layers, with_sharding
+from jaxmerge.methods.sharding import along_layers, spread, with_sharding
 from jaxmerge.trees.info import TensorInfo
 from jaxmerge.trees.task_vectors import accumulation_dtype
 
-Batch = Literal["vmap", "map"]
+Batch = Literal["vmap", "map", "spread"]
 """How equal-shaped tensors along axis 0 are merged: all at once (layers that a model holds stacked, whose stacking axis
-may be sharded), or one after the other (tensors stacked for the sake of one program, in the memory of one)."""
+may be sharded), one after the other (tensors stacked for the sake of one program, in the memory of one), or each whole
+on one device, at the same time on all (tensors that would be needed whole on every device)."""
 
 ModelStats = dict[int, Any]
 """Results of the measurements over the model that are known so far, by number of the pass."""
@@ -56,22 +57,25 @@ def merge_whole(
 
     Returns:
         The merged tensor in the inputs' dtype; whether base (first) and experts are finite, or one flag for all where
-        the result tells (false also where the cast overflows); notes for the report.
+        the result tells (false also where the cast overflows); notes for the report. For tensors that are spread, flags
+        and notes have a row for each.
     """
     given = [x for x in (base, *experts) if x is not None]
     dtype = given[0].dtype
 
-    def one(method: Method, base: Any, experts: list[Any], info: TensorInfo) -> tuple[Array, dict[str, Array]]:
+    def one(method: Method, base: Any, experts: list[Any], info: TensorInfo, known: Any) -> Any:
         method, base, experts = widened(method, base, experts)
-        stats = _all_stats(method, base, experts, info, model_stats)
+        stats = _all_stats(method, base, experts, info, known)
         merged = method.merge_tensor(base, experts, info, stats)
         notes = _notes(method, base, experts, info, stats, merged) if noted else {}
         return merged.astype(dtype), notes
 
-    merged, notes = _for_each(one, batch)(method, base, experts, info)
+    merged, notes = _for_each(one, batch)(method, base, experts, info, model_stats)
     if sharding is not None:
         merged = with_sharding(merged, sharding)
     tells = method.spreads_nonfinite and (base is None or method.needs_base)
+    if batch == "spread":
+        return merged, jax.vmap(finite_inputs)(base, experts), notes
     finite = _is_finite(merged) if tells else finite_inputs(base, experts)
     return merged, finite, _summed(notes, batch)
 
@@ -89,10 +93,13 @@ def measure_whole(
     """This tensor's part of the next measurement over the model; of an order statistic only the ranks."""
 
     def one(*operands: Any) -> Measurement:
-        measurement = _model_measurement(model_stats, *operands)
+        measurement = _model_measurement(*operands)
         return measurement if isinstance(measurement, Total) else OrderStatistic((), measurement.ranks)
 
-    measurement = _for_each(one, batch)(method, base, experts, info)
+    operands = (method, base, experts, info, model_stats)
+    if batch == "spread" and not isinstance(jax.eval_shape(_for_each(one, "map"), *operands), Total):
+        batch = "map"  # ranks are no reason to move tensors
+    measurement = _for_each(one, batch)(*operands)
     if isinstance(measurement, Total):
         return Total(_summed(measurement.value, batch))
     # The ranks are equal in all tensors; the first of an axis that is sharded is no slice that explicit axes allow.
@@ -113,23 +120,27 @@ def count_whole(
     """This tensor's counts for the next round of an order statistic over the model."""
 
     def one(*operands: Any) -> Array:
-        measurement = _model_measurement(model_stats, *operands)
+        measurement = _model_measurement(*operands)
         assert isinstance(measurement, OrderStatistic)
         return search.count(measurement.values)
 
-    return _summed(_for_each(one, batch)(method, base, experts, info), batch)
+    # Counting is done where the entries are, and many times.
+    each = _for_each(one, "map" if batch == "spread" else batch)
+    return _summed(each(method, base, experts, info, model_stats), batch)
 
 
 def _for_each(function: Callable[..., Any], batch: Batch | None) -> Callable[..., Any]:
-    """`function`, or the same over the leading axis of every operand."""
+    """`function`, or the same over the leading axis of every operand but the last."""
     if batch is None:
         return function
     if batch == "map":
-        return lambda *operands: jax.lax.map(lambda o: function(*o), operands)
+        return lambda *operands: jax.lax.map(lambda o: function(*o, operands[-1]), operands[:-1])
+    if batch == "spread":
+        return lambda *operands: spread(function, operands[:-1], operands[-1], like=operands[2][0])
 
-    def over_layers(method: Method, base: Any, experts: list[Any], info: TensorInfo) -> Any:
+    def over_layers(method: Method, base: Any, experts: list[Any], info: TensorInfo, known: Any) -> Any:
         method, info = along_layers((method, info), like=experts[0])
-        return jax.vmap(function)(method, base, experts, info)
+        return jax.vmap(function, in_axes=(0, 0, 0, 0, None))(method, base, experts, info, known)
 
     return over_layers
 
@@ -140,7 +151,7 @@ def _summed(parts: Any, batch: Batch | None) -> Any:
 
 
 def _model_measurement(
-    model_stats: ModelStats, method: Method, base: Any, experts: list[Any], info: TensorInfo
+    method: Method, base: Any, experts: list[Any], info: TensorInfo, model_stats: ModelStats
 ) -> Measurement:
     """The first measurement over the model whose result is not among `model_stats`."""
     number = next(i for i, scope in enumerate(method.passes) if scope == "model" and i not in model_stats)

@@ -43,6 +43,7 @@ class Regmean(Method):
     ridge: Any = 0.0
 
     whole_tensor = True
+    in_one_place = True
 
     def check(self, experts: tuple[str, ...], has_base: bool, tensors: Sequence[str]) -> None:
         super().check(experts, has_base, tensors)

@@ -32,14 +32,14 @@ two cores that other work shared, so the ratios count; "bfloat16" are difference
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Num, UInt
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt
 
 _COUNTABLE = 1 << 32  # one uint32 counter counts fewer entries than this
 
@@ -293,11 +293,30 @@ class OrderStatisticSearch:
             self._held_size += inside.size
             if self._held_size > _HELD:
                 self._tally()
-                # Too many to tell apart are counted in ranges of 2^shift offsets. That many distinct ones span a window
-                # at least 2^9 times as wide as such a range, so every pass gains at least 9 bits.
-                while self._offsets.size > _HELD // 2:
-                    self._shift += 8
-                    self._offsets, self._counts = _merged(self._offsets >> 8, self._counts)
+                self._coarsen()
+
+    def counts(self) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """What the pass has counted so far, for a search elsewhere that was begun alike; plain arrays."""
+        self._tally()
+        counted = np.array([self._seen, self._above, self._shift], np.int64)
+        return {"counted": counted, "offsets": self._offsets, "counts": self._counts}
+
+    def take_counts(self, parts: Sequence[Mapping[str, Shaped[np.ndarray, "..."]]]) -> None:
+        """Puts what several searches have counted, each in its share of one pass, in the place of this one's counts.
+
+        Args:
+            parts: the `counts` of searches with the same window, this one's among them.
+        """
+        self._start_pass(self._window_low, self._window_high)
+        self._shift = max(int(part["counted"][2]) for part in parts)
+        for part in parts:
+            seen, above, shift = (int(n) for n in part["counted"])
+            self._seen, self._above = self._seen + seen, self._above + above
+            offsets = part["offsets"].astype(self._unsigned) >> self._unsigned.type(self._shift - shift)
+            self._offsets, self._counts = _merged(
+                np.concatenate([self._offsets, offsets]), np.concatenate([self._counts, part["counts"]])
+            )
+        self._coarsen()
 
     def end_pass(self) -> None:
         """Narrows the search down to what the pass has shown; afterwards `done` tells whether another one is needed.
@@ -334,6 +353,13 @@ class OrderStatisticSearch:
             np.concatenate([self._offsets, offsets]), np.concatenate([self._counts, counts])
         )
         self._held, self._held_size = [], 0
+
+    def _coarsen(self) -> None:
+        # Too many to tell apart are counted in ranges of 2^shift offsets. That many distinct ones span a window at
+        # least 2^9 times as wide as such a range, so every pass gains at least 9 bits.
+        while self._offsets.size > _HELD // 2:
+            self._shift += 8
+            self._offsets, self._counts = _merged(self._offsets >> 8, self._counts)
 
     def _as_patterns(self, values: Float[np.ndarray, "..."]) -> UInt[np.ndarray, " n"]:
         if values.dtype != self.dtype:

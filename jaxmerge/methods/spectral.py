@@ -52,6 +52,7 @@ class Spectral(Method):
 
     needs_base = True
     whole_tensor = True
+    in_one_place = True
 
     def for_tensor(self, info: TensorInfo) -> Method:
         if is_factored(info, self.factored):

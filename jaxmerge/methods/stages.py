@@ -83,6 +83,10 @@ class Chain(Method):
         return any(stage.whole_tensor for stage in self.stages)
 
     @property
+    def in_one_place(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(stage.in_one_place for stage in self.stages)
+
+    @property
     def draws(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return any(stage.draws for stage in self.stages)
 

@@ -25,6 +25,7 @@ class Widen(Method):
 
     needs_base = True
     whole_tensor = True
+    in_one_place = True
 
     def merge_tensor(self, base: Any, experts: list[Any], info: TensorInfo, stats: tuple[Any, ...]) -> Array:
         deltas = [x - base for x in experts]

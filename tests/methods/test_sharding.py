@@ -23,6 +23,7 @@ meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 all_methods = each(EVERYTHING)
 
 
+COLLECTIVES = ("all-gather", "all-to-all", "all-reduce", "collective-permute", "reduce-scatter")
 SPECS = {"kernel": P("data", "model"), "bias": P("data"), "scale": P()}
 SHAPES = {"blocks/0/kernel": (8, 16), "blocks/1/kernel": (8, 16), "blocks/1/bias": (16,), "norm/scale": (16,)}
 
@@ -55,14 +56,20 @@ def test_sharded_merge_is_the_unsharded_one(entry, mesh):
         assert_close(jax.device_get(merged), wanted, ulps=16 if entry.sorts else 4)
         for name, value in merged.items():
             assert value.sharding.is_equivalent_to(sharded_base[name].sharding, value.ndim), name
-    if not entry.sorts:
-        assert largest_gathered(str(program.as_text())) <= 3 * mesh.size  # counts of three ranks from every device
+    sent = largest_sent(program)
+    matrix = sent.pop("all-to-all", 0)
+    assert matrix <= (math.prod(SHAPES["blocks/0/kernel"]) if entry.sorts else 0)
+    ranked = 2 * entry.experts * SHAPES["norm/scale"][0] if entry.sorts else 0  # vectors, which travel whole
+    assert max(sent.values(), default=0) <= max(ranked, 3 * mesh.size)  # counts of three ranks from every device
 
 
-def largest_gathered(program):
-    """Entries of the largest array that travels whole between devices."""
-    shapes = re.findall(r"\[([\d,]+)\]\S* all-gather\(", program)
-    return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
+def largest_sent(program):
+    """For each kind of collective in a compiled program, how many entries a device receives by one of them at most."""
+    largest = {}
+    for shapes, kind in re.findall(rf" = (.*) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program.as_text()):
+        entries = sum(math.prod(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]", shapes))
+        largest[kind] = max(entries, largest.get(kind, 0))
+    return largest
 
 
 @meshes
