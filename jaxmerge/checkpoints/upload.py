@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -134,33 +134,20 @@ class Place:
         if not self.is_folder:
             self._upload_file(output, display)
             return
-        files = {
-            str(path.relative_to(output)): path.stat().st_size for path in sorted(output.rglob("*")) if path.is_file()
-        }
+        files = _sizes(output)
         opener = next(key for key in reversed(_OPENERS) if key in files)  # an index rather than the only file
         if display is not None:
             display.begin(f"upload to {self.url}", sum(files.values()))
         claim = self._claim(opener)
         self._clear(opener, files, claim)
-        gate = _Gate(BYTES_AT_ONCE)
 
         def send(key: str) -> None:
-            with gate.holding(files[key]):
-                self._put(key, _content(output / key), opener, claim)
+            self._put(key, _content(output / key), opener, claim)
             if display is not None:
                 display.advance(files[key])
 
-        # Large ones first; the manifest when all it tells of is there.
-        keys = sorted(files.keys() - {opener, _MANIFEST}, key=lambda key: -files[key])
-        with ThreadPoolExecutor(OBJECTS_AT_ONCE, "jaxmerge-upload") as threads:
-            sent = [threads.submit(send, key) for key in keys]
-            try:
-                for done in as_completed(sent):
-                    done.result()
-            except BaseException:
-                for waiting in sent:
-                    waiting.cancel()
-                raise
+        # The manifest when all it tells of is there.
+        _send_all({key: size for key, size in files.items() if key not in (opener, _MANIFEST)}, send)
         if _MANIFEST in files:
             send(_MANIFEST)
         content = _content(output / opener)
@@ -286,6 +273,50 @@ class Place:
 
     def _lost(self) -> str:
         return f"{self.url} is being written by somebody else; wait until that is complete, or choose another name"
+
+
+def upload_folder(output: Path, url: str, kvstore: Any, prefix: str) -> None:
+    """Uploads a folder to where nobody else writes, in any order. Until that is done, nobody may be told of the place.
+
+    Args:
+        output: the local folder.
+        url: where, for messages.
+        kvstore: the `KvStore`.
+        prefix: of the keys in it, with a slash at its end.
+
+    Raises:
+        CheckpointError: an object cannot be written.
+    """
+    files = _sizes(output)
+
+    def send(key: str) -> None:
+        request = kvstore.write(f"{prefix}{key}", _content(output / key))
+        wait(request, f"{url}/{key}", "write to", SECONDS_PER_REQUEST + files[key] / _SLOWEST)
+
+    _send_all(files, send)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _send_all(files: dict[str, int], send: Callable[[str], None]) -> None:
+    """Sends files, large ones first, several at once."""
+    gate = _Gate(BYTES_AT_ONCE)
+
+    def hold_and_send(key: str) -> None:
+        with gate.holding(files[key]):
+            send(key)
+
+    with ThreadPoolExecutor(OBJECTS_AT_ONCE, "jaxmerge-upload") as threads:
+        sent = [threads.submit(hold_and_send, key) for key in sorted(files, key=lambda key: -files[key])]
+        try:
+            for done in as_completed(sent):
+                done.result()
+        except BaseException:
+            for waiting in sent:
+                waiting.cancel()
+            raise
 
 
 def _content(path: Path) -> bytes:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from jaxmerge.checkpoints.upload import SHARD_BYTES
 from jaxmerge.cli.output import print_table
 from jaxmerge.errors import CheckpointError
 from jaxmerge.streaming.report import StreamReport
@@ -18,16 +19,20 @@ _SHORT = 12  # digits of a commit in tables; any number that is enough to tell i
 
 
 def merge_into(
-    root: str, name: str, expected: str | None, inputs: Iterable[str], merge: Callable[[str], StreamReport]
+    root: str,
+    name: str,
+    expected: str | None,
+    inputs: Iterable[str],
+    merge: Callable[..., StreamReport],
 ) -> StreamReport:
     """Merges into a new version of a model.
 
     Args:
-        root: the store.
+        root: the store, a folder or URL.
         name: the model.
         expected: the commit that must be current, "none" for no version at all; None: whatever is current now.
         inputs: paths of the models that are merged.
-        merge: merges into a folder.
+        merge: merges into a folder, given the folder and options of `merge_checkpoint`.
 
     Returns:
         What the merge took, with the path of the version.
@@ -39,9 +44,12 @@ def merge_into(
     store = open_store(root)
     wanted = {None: CURRENT, "none": None}.get(expected, expected)
     if expected not in (None, "none"):
-        wanted = store.path(name, expected).name
+        path = store.path(name, expected)
+        wanted = next((x.commit for x in store.versions(name) if x.path == path), expected)
+    # Files are uploaded whole, from memory.
+    options = {} if isinstance(store.root, Path) else {"max_shard_bytes": SHARD_BYTES}
     with store.transaction(name, expected=wanted, inputs=inputs) as transaction:
-        report = merge(str(transaction.folder))
+        report = merge(str(transaction.folder), **options)
     assert transaction.version is not None
     return dataclasses.replace(report, path=transaction.version.path)
 
@@ -58,9 +66,9 @@ def run_action(options: argparse.Namespace) -> bool:
     Raises:
         MergeError: the store cannot be read or written.
     """
-    if not (Path(options.root) / "models").is_dir():
-        raise CheckpointError(f"there is no model store {options.root}; begin one with jaxmerge merge --store")
     store = open_store(options.root)
+    if not store.exists():
+        raise CheckpointError(f"there is no model store {options.root}; begin one with jaxmerge merge --store")
     if options.action == "list":
         _list(store, options)
     elif options.action == "versions":
