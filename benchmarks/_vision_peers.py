@@ -87,9 +87,11 @@ def emr(models: Models, inputs: Any) -> Any:
 
 
 def doge(models: Models, inputs: Any, **parameters: Any) -> Any:
-    """The algorithm is given matrices alone: it factorises whatever it is given."""
-    matrices = [{key: x for key, x in weights.items() if x.ndim == 2} for weights in (models.base, *models.experts)]
-    return models.base | prepared("FusionBench", "DOGE_TA_Algorithm")(matrices[0], matrices[1:], **parameters)
+    """The algorithm is given matrices alone: it factorises whatever it is given. Its names may hold no dots."""
+    all_weights = (models.base, *models.experts)
+    matrices = [{key.replace(".", "/"): x for key, x in weights.items() if x.ndim == 2} for weights in all_weights]
+    merged = prepared("FusionBench", "DOGE_TA_Algorithm")(matrices[0], matrices[1:], **parameters)
+    return models.base | {key.replace("/", "."): x for key, x in merged.items()}
 
 
 def fisher(models: Models, inputs: Any, batch: int, normalize: bool, floor: float) -> Any:

@@ -139,9 +139,13 @@ from jaxmerge.streaming.budget import AccessPlan as AccessPlan
 from jaxmerge.streaming.catalog import Catalog as Catalog
 from jaxmerge.streaming.catalog import CatalogEntry as CatalogEntry
 from jaxmerge.streaming.catalog import open_catalog as open_catalog
+from jaxmerge.streaming.costs import MergeCost as MergeCost
+from jaxmerge.streaming.costs import estimate_cost as estimate_cost
 from jaxmerge.streaming.greedy_soup import GreedySoup as GreedySoup
 from jaxmerge.streaming.greedy_soup import SoupTrial as SoupTrial
 from jaxmerge.streaming.greedy_soup import greedy_soup as greedy_soup
+from jaxmerge.streaming.load_merged import LoadReport as LoadReport
+from jaxmerge.streaming.load_merged import load_merged as load_merged
 from jaxmerge.streaming.manifest import Manifest as Manifest
 from jaxmerge.streaming.manifest import TensorFault as TensorFault
 from jaxmerge.streaming.manifest import load_manifest as load_manifest
@@ -165,6 +169,7 @@ from jaxmerge.trees.naming import NameRule as NameRule
 from jaxmerge.trees.naming import Naming as Naming
 from jaxmerge.trees.naming import naming as naming
 from jaxmerge.trees.naming import naming_for as naming_for
+from jaxmerge.trees.partitioning import partition_shardings as partition_shardings
 from jaxmerge.trees.paths import named_leaves as named_leaves
 from jaxmerge.trees.paths import renamed as renamed
 from jaxmerge.trees.task_vectors import apply_task_vector as apply_task_vector

@@ -11,17 +11,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Shaped
 
 from jaxmerge.checkpoints.layout import Layout, PlannedFile, TensorSpec, as_text, text_metadata
+from jaxmerge.checkpoints.publish import as_checkpoint_error, exchange, remove
 from jaxmerge.checkpoints.stores import ByteCounter, Store, load_json, wait
-from jaxmerge.errors import CheckpointError
+from jaxmerge.errors import CheckpointError, ConflictError
 from jaxmerge.trees.lazy import Box, LazyTensor, covering_boxes
 
 if TYPE_CHECKING:
@@ -175,10 +178,8 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, Any], aliases: Ma
     by_name = {spec.name: spec for spec in specs}
     for name in [*by_name, *aliases]:
         spec = by_name[aliases.get(name, name)]
-        keys = name.split("/")
+        keys = _keys(name)
         folder = f"state/{'.'.join(keys)}"
-        if "" in keys or "." in keys or ".." in keys or "\0" in name or keys[0].startswith("_"):
-            raise CheckpointError(f"Orbax cannot hold a tensor with the name {name!r}; rename it")
         if f"{folder}/zarr.json" in files:
             raise CheckpointError(f"Orbax would store {name} where it stores another tensor ({folder}); rename one")
         header, data, place = _array_files(spec)
@@ -213,6 +214,56 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, Any], aliases: Ma
     files.update((name, PlannedFile.of(json.dumps(document).encode())) for name, document in documents.items())
     files["orbax.checkpoint"] = PlannedFile.of(b"")
     return Layout(files, places, links)
+
+
+def save_sharded(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, Any], aliases: Mapping[str, str], overwrite: bool
+) -> None:
+    """Has Orbax write arrays that lie on the devices of several processes, each of which writes its own part.
+
+    All processes must call this. The checkpoint appears complete or not at all, also in the place of another one.
+
+    Args:
+        path: a local path on a file system that all processes share.
+        tensors: arrays by name, `/` separating the keys of nested dicts.
+        metadata: text to store.
+        aliases: tied tensors, `{further name: name in tensors}`. Orbax stores them again.
+        overwrite: replace what stands at `path`.
+
+    Raises:
+        ConflictError: the path exists.
+        CheckpointError: Orbax cannot hold these names, or cannot write there.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+    from orbax.checkpoint import v1 as ocp
+
+    leaves: dict[tuple[str | int, ...], Any] = {
+        tuple(_keys(name)): tensors[aliases.get(name, name)] for name in (*tensors, *aliases)
+    }
+    replaces = os.path.lexists(path)
+    if replaces and not overwrite:
+        raise ConflictError(f"{path} exists already; remove it, choose another name or pass overwrite=True")
+    # Orbax would remove the old one before it writes.
+    target = path.with_name(f".{path.name}.draft") if replaces else path
+    with as_checkpoint_error(f"write {path}"):
+        custom: dict[str, Any] = {**text_metadata(metadata, aliases)}
+        ocp.save(str(target), _nested(leaves, str(path)), overwrite=replaces, custom_metadata=custom)
+        if replaces and jax.process_index() == 0:
+            if exchange(target, path):
+                remove(target)
+            else:
+                remove(path)
+                os.rename(target, path)
+        multihost_utils.sync_global_devices("checkpoint published")
+
+
+def _keys(name: str) -> list[str]:
+    """The keys that a name consists of, if Orbax can hold it."""
+    keys = name.split("/")
+    if "" in keys or "." in keys or ".." in keys or "\0" in name or keys[0].startswith("_"):
+        raise CheckpointError(f"Orbax cannot hold a tensor with the name {name!r}; rename it")
+    return keys
 
 
 def _array_files(spec: TensorSpec) -> tuple[bytes, PlannedFile, str]:

@@ -86,9 +86,8 @@ class Staging:
             if self._lock is None:
                 raise ConflictError(f"{self.target} is being written already; wait or take another name")
             try:
-                if keep is None or not keep(self.folder):
-                    for leftover in self.folder.iterdir():
-                        remove(leftover)
+                if (keep is None or not keep(self.folder)) and any(self.folder.iterdir()):
+                    self._clear()
                 if os.path.lexists(self.target):
                     remove(self._replaced)
                 elif os.path.lexists(self._replaced):  # a writer was killed between the two renames of commit()
@@ -138,6 +137,20 @@ class Staging:
                 for parent in self._made:
                     parent.rmdir()
 
+    def _clear(self) -> None:
+        """Empties the hidden folder, and makes it another one.
+
+        A process on another host that worked for the killed writer may live on, unaware: it holds the former folder,
+        in which it cannot do harm (`JoinedStaging`).
+        """
+        for leftover in self.folder.iterdir():
+            remove(leftover)
+        self.folder.rmdir()
+        self._release()
+        self._lock = claim(self.folder)
+        if self._lock is None:
+            raise ConflictError(f"{self.target} is being written already; wait or take another name")
+
     def _publish(self, output: Path, held: contextlib.ExitStack) -> tuple[Callable[[], object], Callable[[], object]]:
         """Gives the output its name. Returns what takes that back, and what removes the former target."""
         target, replaced = self.target, self._replaced
@@ -182,6 +195,36 @@ class Staging:
     def _check_target(self) -> None:
         if os.path.lexists(self.target) and not self._overwrite:
             raise ConflictError(f"{self.target} exists already; remove it, choose another name or pass overwrite=True")
+
+
+class JoinedStaging:
+    """The hidden folder of an output that another process has claimed, and publishes when all have done their part.
+
+    Attributes:
+        target: the output.
+        folder: the hidden folder.
+        opened: its file descriptor. Files are opened relative to it: should the folder be removed and made anew by
+            somebody else, nothing of that is touched.
+    """
+
+    def __init__(self, target: Path):
+        """Opens it.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        self.target = Path(os.path.abspath(target))
+        self.folder = self.target.with_name(f".{self.target.name}.partial")
+        with as_checkpoint_error(f"write {self.target}"):
+            self.opened: int | None = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+    def commit(self) -> None:
+        """Lets go of the folder; the other process publishes it."""
+        opened, self.opened = self.opened, None
+        if opened is not None:
+            os.close(opened)
+
+    abort = commit
 
 
 def claim(folder: Path) -> int | None:

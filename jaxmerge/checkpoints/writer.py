@@ -11,12 +11,13 @@ An output behind a URL is built in a temporary folder, with the same guarantees,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from jaxtyping import Shaped
 
 from jaxmerge.checkpoints import npz, orbax, safetensors
 from jaxmerge.checkpoints.layout import DTYPES, Layout, PlannedFile, TensorSpec
-from jaxmerge.checkpoints.publish import Staging, as_checkpoint_error, remove, sync
+from jaxmerge.checkpoints.publish import JoinedStaging, Staging, as_checkpoint_error, remove, sync
 from jaxmerge.checkpoints.stores import local_path
 from jaxmerge.checkpoints.upload import MAX_OBJECT_BYTES, SHARD_BYTES, Place
 from jaxmerge.errors import CheckpointError, MergeError, StructureError
@@ -52,17 +53,27 @@ class CheckpointWriter:
         specs: the tensors by name.
         bytes_written: bytes of tensor entries written so far.
         resumed: whether it goes on with the files of a writer that was killed.
+        joined: whether the files are those of a writer in another process, which finishes them.
         display: is told how an upload goes, by `begin(what, bytes)` and `advance(bytes)`; None for nobody.
     """
 
     display: Any = None
 
-    def __init__(self, staging: Staging, layout: Layout, specs: Mapping[str, TensorSpec], resumed: bool = False):
+    def __init__(
+        self,
+        staging: Staging | JoinedStaging,
+        layout: Layout,
+        specs: Mapping[str, TensorSpec],
+        resumed: bool = False,
+    ):
         self.path: Path | Any = staging.target
         self.folder, self.specs = staging.folder, specs
         self._staging, self._layout, self.resumed = staging, layout, resumed
         self._lock = threading.Lock()
         self._entries_written = dict.fromkeys(specs, 0)
+        self.joined = isinstance(staging, JoinedStaging)
+        if self.joined:
+            return
         for name, planned in layout.files.items():
             _create(self.folder / name, planned, anew=not resumed)
         for link, name in layout.links.items():
@@ -70,6 +81,11 @@ class CheckpointWriter:
             if resumed:
                 (self.folder / link).unlink(missing_ok=True)
             os.link(self.folder / name, self.folder / link)
+
+    @property
+    def places(self) -> Mapping[str, tuple[str, int]]:
+        """The file of each tensor, and the offset of its first entry there."""
+        return self._layout.places
 
     @property
     def file_sizes(self) -> dict[str, int]:
@@ -102,8 +118,8 @@ class CheckpointWriter:
             )
         file, offset = self._layout.places[name]
         data = np.ascontiguousarray(values).view(np.uint8)
-        with as_checkpoint_error(f"write {name} to {self.path}"):
-            _pwrite(self.folder / file, data, offset + start * spec.dtype.itemsize)
+        with as_checkpoint_error(f"write {name} to {self.path}"), self._opened(file, os.O_WRONLY) as fd:
+            _pwrite(fd, data, offset + start * spec.dtype.itemsize)
         with self._lock:
             self._entries_written[name] += values.size
             return self._entries_written[name] == spec.size
@@ -115,13 +131,24 @@ class CheckpointWriter:
             CheckpointError: it cannot be read.
         """
         file, offset = self._layout.places[name]
-        with as_checkpoint_error(f"read {name} from {self.folder}"):
-            _pread(self.folder / file, out.view(np.uint8), offset + start * self.specs[name].dtype.itemsize)
+        with as_checkpoint_error(f"read {name} from {self.folder}"), self._opened(file, os.O_RDONLY) as fd:
+            _pread(fd, out.view(np.uint8), offset + start * self.specs[name].dtype.itemsize, file)
 
     def take_over(self, name: str) -> None:
         """Counts a tensor as written, because a killed writer has written it."""
         with self._lock:
             self._entries_written[name] = self.specs[name].size
+
+    @property
+    def entries_written(self) -> dict[str, int]:
+        """How many entries of each tensor have been written, of those that have any."""
+        return {name: n for name, n in self._entries_written.items() if n}
+
+    def count(self, entries: Mapping[str, int]) -> None:
+        """Counts entries as written that joined writers have written."""
+        with self._lock:
+            for name, n in entries.items():
+                self._entries_written[name] += n
 
     def discard(self, name: str) -> None:
         """Counts a tensor as not written, so that it can be written again."""
@@ -136,7 +163,8 @@ class CheckpointWriter:
         """
         with as_checkpoint_error(f"write {self.path}"):
             for file in {self._layout.places[name][0] for name in names}:
-                sync(self.folder / file)
+                with self._opened(file, os.O_RDONLY) as fd:
+                    os.fsync(fd)
 
     def finish(self) -> Path | Any:
         """Makes everything durable and publishes it. Returns the path.
@@ -163,6 +191,18 @@ class CheckpointWriter:
     def abort(self) -> None:
         """Removes everything that was written, unless it is finished already."""
         self._staging.abort()
+
+    @contextlib.contextmanager
+    def _opened(self, file: str, flags: int) -> Iterator[int]:
+        """One of the files, as a file descriptor."""
+        if isinstance(self._staging, JoinedStaging):
+            fd = os.open(file, flags, dir_fd=self._staging.opened)
+        else:
+            fd = os.open(self.folder / file, flags)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -226,6 +266,7 @@ def open_writer(
     side_files: Mapping[str, Path | bytes] | None = None,
     overwrite: bool = False,
     resume: Callable[[Path, Layout], bool] | None = None,
+    join: bool = False,
     context: ts.Context | None = None,
 ) -> CheckpointWriter:
     """Starts a checkpoint: lays out its files, reserves their space and writes all but the tensors.
@@ -244,6 +285,8 @@ def open_writer(
         resume: is asked whether what a killed writer of the same path left shall be gone on with, given the hidden
             folder and the layout of what is to be written. Then every file of the layout must be there with its size.
             Nothing of an output behind a URL is left.
+        join: write to the files that a writer in another process has laid out, given the same arguments. That one
+            finishes them; it must `count` what this one has written and made durable (`sync`). Not for URLs.
         context: TensorStore's context for a URL: credentials, or the contents of `memory://`.
 
     Returns:
@@ -257,7 +300,16 @@ def open_writer(
     place = place_of(path, format, overwrite, context)
     if place is None:
         return _open_local(
-            Path(local_path(path)), specs, format, metadata, aliases, max_shard_bytes, side_files, overwrite, resume
+            Path(local_path(path)),
+            specs,
+            format,
+            metadata,
+            aliases,
+            max_shard_bytes,
+            side_files,
+            overwrite,
+            resume,
+            join,
         )
     place.check()
     if max_shard_bytes is None and place.is_folder and format in (None, "safetensors"):
@@ -295,6 +347,7 @@ def _open_local(
     side_files: Mapping[str, Path | bytes] | None,
     overwrite: bool,
     resume: Callable[[Path, Layout], bool] | None,
+    join: bool = False,
 ) -> CheckpointWriter:
     metadata, aliases, side_files = metadata or {}, aliases or {}, side_files or {}
     by_name = {spec.name: spec for spec in specs}
@@ -331,6 +384,8 @@ def _open_local(
         with as_checkpoint_error(f"copy {name} to {path}"):
             files[name] = PlannedFile.of(content if isinstance(content, bytes) else content.read_bytes())
     layout, resumed = dataclasses.replace(layout, files=files), False
+    if join:
+        return CheckpointWriter(JoinedStaging(path), layout, by_name)
 
     def keep(folder: Path) -> bool:
         nonlocal resumed
@@ -365,7 +420,9 @@ def save_checkpoint(
             needs that much disk, and uploaded.
         params: any tree of arrays or lazy tensors. The stored names are those of `named_leaves`: a flat dict keeps its
             own, nested keys are joined by `/` (Orbax stores the nesting, with positions in sequences as keys). An array
-            or lazy tensor that stands under several names is stored once, and opens as one tensor again.
+            or lazy tensor that stands under several names is stored once, and opens as one tensor again. Arrays that
+            lie on the devices of several processes are written by Orbax (`format="orbax"`), each process its own part;
+            all processes must call this, with one path on a file system that they share.
         format: "safetensors", "npz" or "orbax"; by default what the suffix of `path` says, and safetensors for folders.
         metadata: text to store with the tensors; what is no text is stored as JSON.
         max_shard_bytes: safetensors folders are split into files of at most this many bytes of tensors
@@ -394,6 +451,17 @@ def save_checkpoint(
             raise CheckpointError(f"{path}: {name} is an array of {leaf.dtype}, no numbers; store jax.random.key_data")
         else:
             kept[id(leaf)], tensors[name] = name, leaf
+    elsewhere = [name for name, leaf in tensors.items() if not getattr(leaf, "is_fully_addressable", True)]
+    if elsewhere:
+        if format != "orbax" or side_files or max_shard_bytes is not None or "://" in str(path):
+            raise CheckpointError(
+                f"{path}: {elsewhere[0]} lies on the devices of several processes, which can only write a local folder "
+                'together, with format="orbax" and without side files'
+            )
+        target = Path(local_path(path)).absolute()
+        tensors = {name: np.asarray(x) if isinstance(x, LazyTensor) else x for name, x in tensors.items()}
+        orbax.save_sharded(target, tensors, metadata or {}, aliases, overwrite)
+        return target
     specs = [TensorSpec(name, leaf.dtype, tuple(leaf.shape)) for name, leaf in tensors.items()]
     with open_writer(
         path,
@@ -429,30 +497,22 @@ def _create(path: Path, planned: PlannedFile, anew: bool) -> None:
             os.posix_fallocate(fd, 0, planned.size)  # a full disk shows here, not after an hour of merging
         else:
             os.ftruncate(fd, planned.size)
-    finally:
-        os.close(fd)
-    for offset, content in planned.fixed:
-        _pwrite(path, np.frombuffer(content, np.uint8), offset)
-
-
-def _pwrite(path: Path, data: np.ndarray, offset: int) -> None:
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        done = 0
-        while done < data.size:
-            done += os.pwrite(fd, data[done:].data, offset + done)
+        for offset, content in planned.fixed:
+            _pwrite(fd, np.frombuffer(content, np.uint8), offset)
     finally:
         os.close(fd)
 
 
-def _pread(path: Path, out: np.ndarray, offset: int) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < out.size:
-            n = os.preadv(fd, [out[done:].data], offset + done)
-            if n == 0:
-                raise OSError(f"{path.name} ends at byte {offset + done}")
-            done += n
-    finally:
-        os.close(fd)
+def _pwrite(fd: int, data: np.ndarray, offset: int) -> None:
+    done = 0
+    while done < data.size:
+        done += os.pwrite(fd, data[done:].data, offset + done)
+
+
+def _pread(fd: int, out: np.ndarray, offset: int, name: str) -> None:
+    done = 0
+    while done < out.size:
+        n = os.preadv(fd, [out[done:].data], offset + done)
+        if n == 0:
+            raise OSError(f"{name} ends at byte {offset + done}")
+        done += n

@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("recipe", metavar="RECIPE", help="YAML file, in our form or in mergekit's")
     place = merge.add_mutually_exclusive_group(required=True)
     place.add_argument("--out", metavar="DIR", help="folder to write, or s3:// or gs:// URL; it appears when complete")
-    place.add_argument("--store", metavar="ROOT", help="model store to write a new version to; needs --name")
+    place.add_argument(
+        "--store", metavar="ROOT", help="model store, folder or URL, to write a new version to; needs --name"
+    )
     merge.add_argument("--name", metavar="NAME", help="model in the store")
     merge.add_argument("--expected", metavar="COMMIT", help="the version that must be current in the store, or none")
     merge.add_argument("--memory-budget", metavar="SIZE", help="memory for the work, such as 1GiB")
@@ -64,11 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     merge.add_argument("--reuse", metavar="DIR", help="earlier output; tensors that would be the same are copied")
     merge.add_argument("--dry-run", action="store_true", help="check recipe and checkpoints, merge nothing")
+    merge.add_argument(
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="share the work between all processes of a job (Slurm, Open MPI, TPU pod); or merge in each by itself",
+    )
 
     plan = _command(commands, _plan, "plan", "show what a merge within an I/O budget would read, and its error bound")
     plan.add_argument("recipe", metavar="RECIPE", help="YAML file, in our form or in mergekit's")
     _add_io_options(plan)
     plan.add_argument("--save", metavar="FILE.json", help="write the plan to a file")
+    plan.add_argument("--mesh", metavar="AXES", help="tell the cost on a mesh instead, such as data=16,model=8")
+    plan.add_argument("--processes", metavar="N", type=int, default=1, help="with --mesh: that share the reading")
     plan.add_argument("--explain", metavar=("EXPERT", "TENSOR", "BLOCK"), nargs=3, help="why a block is read, or not")
 
     catalog = _command(commands, None, "catalog", "keep statistics of models, so that merges can be planned")
@@ -94,14 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("list", "list the models"),
         ("versions", "list the versions of a model"),
-        ("path", "print the folder of a version"),
+        ("path", "print the folder or URL of a version"),
         ("verify", "check that versions hold what was committed; exit code 1 if not"),
         ("gc", "remove old versions; the current ones stay"),
         ("recover", "finish or remove what killed writers have left"),
     ):
         action = _command(actions, _store, name, text)
         action.set_defaults(action=name)
-        action.add_argument("root", metavar="ROOT", help="folder of the store")
+        action.add_argument("root", metavar="ROOT", help="folder of the store, or s3:// or gs:// URL")
         if name in ("versions", "path", "verify"):
             action.add_argument("name", metavar="NAME", nargs="?" if name == "verify" else None, help="model")
         if name in ("path", "verify"):
@@ -164,6 +173,7 @@ def _merge(options: argparse.Namespace) -> None:
     from jaxmerge.streaming.sizes import format_bytes
 
     _check_place(options)
+    prints = _begin_distributed(options)
     recipe = load_recipe(Path(options.recipe))
     if options.seed is not None:
         recipe = dataclasses.replace(recipe, seed=options.seed)
@@ -176,15 +186,17 @@ def _merge(options: argparse.Namespace) -> None:
     if not options.dry_run:
         from jaxmerge.cli.cataloging import merge_within
 
-        def merge(out: str) -> StreamReport:
+        def merge(out: str, **more: Any) -> StreamReport:
             if recipe._is_assembled and (options.io_budget or options.plan) is None:
                 return recipe.run(out, overwrite=options.overwrite, **budget)
             text = Path(options.recipe).read_text(encoding="utf-8")  # is kept in the manifest
-            given = _io_options(options) | budget | {"recipe": text, "reuse": options.reuse}
+            given = _io_options(options) | budget | {"recipe": text, "reuse": options.reuse} | more
             return merge_within(recipe, out, options.overwrite, given, options.plan)
 
         if options.store is None:
-            print(merge(options.out))
+            report = merge(options.out)
+            if prints:
+                print(report)
         else:
             from jaxmerge.cli.storing import merge_into
 
@@ -192,6 +204,8 @@ def _merge(options: argparse.Namespace) -> None:
             print(merge_into(options.store, options.name, options.expected, inputs, merge))
         return
     plan = recipe.plan(**budget)
+    if not prints:
+        return
     print(f"method: {recipe.method!r}")
     for name, path in [("base", recipe.base or "none"), *recipe.experts.items()]:
         print(f"{name}: {path}")
@@ -211,6 +225,35 @@ def _check_place(options: argparse.Namespace) -> None:
         raise RecipeError("--name and --expected belong to --store")
 
 
+def _begin_distributed(options: argparse.Namespace) -> bool:
+    """Brings the processes of a job together if that is asked for. Returns whether this one prints."""
+    from jaxmerge.errors import RecipeError
+
+    tasks = next(
+        (os.environ[name] for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE") if name in os.environ), 1
+    )
+    if options.distributed is None and tasks not in (1, "1"):
+        raise RecipeError(
+            f"this command was started {tasks} times; pass --distributed to share the work between the processes, or "
+            "--no-distributed to let each merge by itself, into an output of its own"
+        )
+    if not options.distributed:
+        return True
+    if options.store is not None:
+        raise RecipeError("a store is written by one process; merge with --out and --distributed first")
+    import jax
+
+    if not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise RecipeError(
+                f"--distributed: JAX cannot bring the processes together ({error!s:.200}); start one process on each "
+                "host by srun, mpirun or on a TPU pod, or use examples/cluster/merge.py"
+            ) from error
+    return jax.process_index() == 0
+
+
 def _io_options(options: argparse.Namespace) -> dict[str, Any]:
     given = {"io_budget": options.io_budget, "catalog": options.catalog, "policy": options.policy}
     return {name: value for name, value in given.items() if value is not None}
@@ -222,6 +265,12 @@ def _plan(options: argparse.Namespace) -> None:
     from jaxmerge.cli.recipe import load_recipe
     from jaxmerge.errors import RecipeError
 
+    if options.mesh is not None:
+        from jaxmerge.cli.costing import cost_on_mesh
+
+        cost = cost_on_mesh(load_recipe(Path(options.recipe)), options.mesh, options.processes)
+        print_table(f"cost of {options.recipe} on {options.mesh}", ("", ""), cost.rows())
+        return
     plan = plan_within(load_recipe(Path(options.recipe)), {"io_budget": "100%"} | _io_options(options))
     if options.explain:
         expert, tensor, block = options.explain

@@ -15,7 +15,7 @@ import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ def average_checkpoints(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     progress: bool | None = None,
+    processes: Literal["all", "own"] = "all",
 ) -> StreamReport:
     r"""Averages checkpoints into a checkpoint, disk to disk; memory and compilation do not grow with their number.
 
@@ -72,6 +73,7 @@ def average_checkpoints(
         overwrite: replace what stands at `out`, when everything is written.
         allow_nonfinite: let NaN and infinity in the inputs pass.
         progress: show what will be read and written, and a bar; by default in a terminal or notebook.
+        processes: as for `merge_checkpoint`.
 
     Returns:
         What it took; `bytes_read` has one entry for all checkpoints together.
@@ -104,6 +106,7 @@ def average_checkpoints(
             overwrite=overwrite,
             progress=progress,
             sources=opened.checkpoints,
+            processes=processes,
         )
         read = opened.bytes_read - already_read
     leaves = {id(leaf): leaf for leaf in named_leaves(averaged).values()}.values()

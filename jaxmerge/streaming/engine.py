@@ -8,6 +8,7 @@ chunk is computed, waited for and written before the next one is read.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import threading
@@ -24,13 +25,15 @@ from jaxtyping import Num, Shaped
 from jaxmerge.checkpoints.writer import CheckpointWriter
 from jaxmerge.errors import CheckpointError
 from jaxmerge.methods.assignment import TensorTask
-from jaxmerge.methods.lazy import Chunk, MergedTensor, Reader, empty_chunk, inputs, padded_size
+from jaxmerge.methods.lazy import Chunk, MergedTensor, Reader, Search, empty_chunk, inputs, padded_size
 from jaxmerge.streaming.budgeted import read_beside_base
 from jaxmerge.streaming.journal import Journal
 from jaxmerge.streaming.manifest import BLOCK_BYTES, BlockHashes
-from jaxmerge.streaming.plan import Part, Plan, merges_within
+from jaxmerge.streaming.plan import Part, Plan, is_budgeted, merges_within
+from jaxmerge.streaming.processes import ALONE, Processes, as_bytes, from_bytes
 from jaxmerge.streaming.progress import Progress
 from jaxmerge.streaming.reuse import Known
+from jaxmerge.trees.lazy import SlicedTensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -201,12 +204,17 @@ class _Inputs(Reader):
 
 
 class _AllWorkers(Reader):
-    """Reads for a measurement over the model: every worker takes chunks of all tensors."""
+    """Reads for a measurement over the model: every worker of every process takes chunks of all tensors."""
 
-    def __init__(self, workers: Workers, chunk: int, progress: Progress):
-        self.chunk, self._workers, self._progress = chunk, workers, progress
+    def __init__(self, workers: Workers, progress: Progress, shares: Sequence[Plan], together: Processes):
+        self.chunk, self._workers, self._progress = shares[0].chunk, workers, progress
+        self._together = together
+        if together.count > 1:
+            self._owners = _owners(shares)
+            # A block that is fetched for a sample, within an I/O budget, would be fetched again by its owner.
+            self.samples = not any(is_budgeted(part.leaf) for share in shares for part in (*share.shared, *share.alone))
 
-    def visit(self, tasks: Sequence[TensorTask], function: Callable[[TensorTask, Chunk], Result]) -> list[Result]:
+    def visit(self, tasks: Sequence[TensorTask], function: Callable[[TensorTask, Chunk], Result]) -> list[Any]:
         whole = tasks[0].method.whole_tensor
         items: list[tuple[TensorTask, int, int]] = []
         for task in tasks:
@@ -221,8 +229,58 @@ class _AllWorkers(Reader):
             self._progress.advance((stop - start) * task.experts[0].dtype.itemsize)
             return result
 
-        self._progress.begin("measuring", sum(task.info.size * task.experts[0].dtype.itemsize for task in tasks))
-        return self._workers.run(measure, items, alone=whole)
+        mine = [i for i in range(len(items)) if self._is_mine(i, *items[i])]
+        total = sum((stop - at) * task.experts[0].dtype.itemsize for task, at, stop in (items[i] for i in mine))
+        self._progress.begin("measuring", total)
+        results: list[Any] = [None] * len(items)
+        for i, result in zip(mine, self._workers.run(measure, [items[i] for i in mine], alone=whole), strict=True):
+            results[i] = result
+        return results
+
+    def _is_mine(self, number: int, task: TensorTask, start: int, stop: int) -> bool:
+        """Whether this process measures a chunk: the one that will merge it does, so that it fetches blocks once."""
+        if self._together.count == 1:
+            return True
+        owners = self._owners.get(_identity(task))
+        if owners is None:  # it is not merged now
+            return number % self._together.count == self._together.index
+        return owners[max(bisect.bisect_right(owners, (start, self._together.count)) - 1, 0)][1] == self._together.index
+
+    def combine(self, totals: list[Any], search: Search) -> list[Any]:
+        if self._together.count == 1:
+            return totals
+        mine = [i for i, total in enumerate(totals) if total is not None]
+        found = {f"search/{name}": array for name, array in search.counts().items()}
+        if mine:
+            found["chunks"] = np.array(mine, np.int64)
+            parts = zip(*(totals[i] for i in mine), strict=True)
+            found |= {f"total/{number}": np.stack(values) for number, values in enumerate(parts)}
+        everyone = [from_bytes(data) for data in self._together.exchange("measured", as_bytes(found))]
+        for told in everyone:
+            leaves = [told[f"total/{number}"] for number in range(sum(name.startswith("total/") for name in told))]
+            for row, i in enumerate(told.get("chunks", ())):
+                totals[i] = [leaf[row] for leaf in leaves]
+        search.take_counts(
+            [{n.removeprefix("search/"): x for n, x in told.items() if n.startswith("search/")} for told in everyone]
+        )
+        return totals
+
+
+def _owners(shares: Sequence[Plan]) -> dict[Any, list[tuple[int, int]]]:
+    """For each task the first entries of the runs in which it is shared out, each with the process that has it."""
+    found: dict[Any, dict[int, int]] = {}
+    for process, share in enumerate(shares):
+        for part in (*share.shared, *share.alone):
+            for merged in merges_within(part.leaf):
+                start = part.start if merged is part.leaf else 0
+                found.setdefault(_identity(merged.task), {}).setdefault(start, process)
+    return {task: sorted(owners.items()) for task, owners in found.items()}
+
+
+def _identity(task: TensorTask) -> Any:
+    """What the tasks of tied tensors have in common: one of them is merged, and all are measured."""
+    inputs = [tensor for tensor in (task.base, *task.experts) if tensor is not None]
+    return tuple((id(x.source), str(x.box)) if isinstance(x, SlicedTensor) else (id(x), "") for x in inputs)
 
 
 def restore(
@@ -291,8 +349,9 @@ def stream(
     progress: Progress,
     hashes: BlockHashes | None = None,
     journal: Journal | None = None,
+    together: Processes = ALONE,
 ) -> dict[str, float]:
-    """Does the work of a plan.
+    """Does the work of a plan, or this process's share of it.
 
     Args:
         plan: what to do.
@@ -300,15 +359,17 @@ def stream(
         progress: told what is done.
         hashes: told what is written.
         journal: told which tensors are complete; it needs the hashes.
+        together: the processes that share the work.
 
     Returns:
         Seconds by activity, summed over the workers.
     """
     workers = Workers(plan.workers, plan.chunk)
     parts = (*plan.shared, *plan.alone)
+    shares = [plan] if together.count == 1 else plan.shares(together.count, list(writer.specs))
     for merged in dict.fromkeys(merged for part in parts for merged in merges_within(part.leaf)):
         if "model" in merged.task.method.passes:
-            merged.merge.stats(merged.task, _AllWorkers(workers, plan.chunk, progress))
+            merged.merge.stats(merged.task, _AllWorkers(workers, progress, shares, together))
 
     def process(worker: Worker, part: Part) -> None:
         leaf = part.leaf
@@ -325,11 +386,12 @@ def stream(
                     journal.note(part.name, hashes.blocks(part.name))
             progress.advance(values.size * part.dtype.itemsize)
 
+    share = shares[together.index]
     if parts:
-        progress.begin("merging", plan.to_write)
-    workers.run(process, plan.shared)
+        progress.begin("merging", share.to_write)
+    workers.run(process, share.shared)
     workers.release()
-    workers.run(process, plan.alone, alone=True)
+    workers.run(process, share.alone, alone=True)
     return workers.seconds
 
 

@@ -19,7 +19,7 @@ import os
 import platform
 import threading
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,30 @@ class BlockHashes:
     def take_over(self, name: str, blocks: tuple[str, ...]) -> None:
         """Takes the hashes of a tensor that is not given, because its bytes are there and have been hashed."""
         self._hashes[name] = list(blocks)
+
+    def found(self) -> dict[str, dict[int, str]]:
+        """The hashes of the blocks that were given so far, by tensor and number."""
+        return {name: {i: x for i, x in enumerate(hashes) if x} for name, hashes in self._hashes.items() if any(hashes)}
+
+    def take_found(self, found: Mapping[str, Mapping[int, str]]) -> None:
+        """Takes hashes of blocks that were given elsewhere."""
+        for name, hashes in found.items():
+            for number, text in hashes.items():
+                self._hashes[name][int(number)] = text
+
+    def read_missing(self, read: Callable[[str, int, Shaped[np.ndarray, " n"]], None]) -> None:
+        """Hashes the blocks that were given in part here and in part elsewhere.
+
+        Args:
+            read: fills an array with the entries of a tensor from a flat position on, as they were written.
+        """
+        for name, hashes in self._hashes.items():
+            spec = self._specs[name]
+            step = self._block // spec.dtype.itemsize
+            for number in (i for i, text in enumerate(hashes) if not text):
+                values = np.empty(min(step, spec.size - number * step), spec.dtype)
+                read(name, number * step, values)
+                hashes[number] = hashlib.sha256(values.view(np.uint8).data).hexdigest()
 
     def blocks(self, name: str) -> tuple[str, ...]:
         """The hashes of a tensor's blocks, when all of its entries have been given."""

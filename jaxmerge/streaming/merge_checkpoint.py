@@ -14,16 +14,18 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
 
 from jaxmerge.checkpoints.base import Checkpoint, open_checkpoint
 from jaxmerge.checkpoints.layout import TensorSpec
 from jaxmerge.checkpoints.stores import local_path
 from jaxmerge.checkpoints.upload import SHARD_BYTES
-from jaxmerge.checkpoints.writer import open_writer, place_of
-from jaxmerge.errors import BudgetError, CheckpointError, ConflictError
+from jaxmerge.checkpoints.writer import CheckpointWriter, open_writer, place_of
+from jaxmerge.errors import BudgetError, CheckpointError, ConflictError, RecipeError
 from jaxmerge.methods.assignment import Assignment, assign
 from jaxmerge.methods.lazy import as_lazy, merge_lazily
 from jaxmerge.methods.method import Method
@@ -42,9 +44,23 @@ from jaxmerge.streaming.manifest import (
     Merge,
     Output,
     describe_merge,
+    versions,
     write_manifest,
 )
 from jaxmerge.streaming.plan import Plan, make_plan, merges_within
+from jaxmerge.streaming.processes import (
+    ALONE,
+    Done,
+    Processes,
+    done_by_all,
+    everywhere,
+    facts_of,
+    fewest_cores,
+    gathered,
+    keys_of_first,
+    working,
+    written_together,
+)
 from jaxmerge.streaming.progress import Progress, showing
 from jaxmerge.streaming.report import StreamReport, peak_memory
 from jaxmerge.streaming.reuse import Keys, Known, Previous, tensor_keys
@@ -89,6 +105,7 @@ def merge_checkpoint(
     reuse: str | Path | None = None,
     recipe: str | None = None,
     progress: bool | None = None,
+    processes: Literal["all", "own"] = "all",
     context: ts.Context | None = None,
 ) -> StreamReport:
     """Merges checkpoints into a checkpoint, disk to disk.
@@ -106,6 +123,10 @@ def merge_checkpoint(
     With an I/O budget only some blocks of the experts' tensors are read, and the base stands in for the others: the
     result is the merge of experts whose task vectors are zero there. Tensors that are not floating point are then the
     base's, without being compared.
+
+    Under `jax.distributed` all processes make the same call, and each reads, merges and writes its share, once. The
+    output, on a file system that all hosts share, is the one that a single process writes, byte for byte; process 0
+    publishes it when all have finished, and an error in one process is raised in all.
 
     Args:
         method: what to do, such as `jm.ties(density=0.2)`.
@@ -139,6 +160,8 @@ def merge_checkpoint(
             for NaN again). The result is that of a merge without it.
         recipe: text that the manifest keeps, such as the recipe that the merge was read from.
         progress: show what will be read, written and needed, and a bar; by default in a terminal or notebook.
+        processes: where `jax.distributed.initialize` has brought several processes together, whether all of them share
+            the work, or each merges on its own account. With one process there is no difference.
         context: TensorStore's context for a URL as `out`: credentials, or the contents of `memory://`.
 
     Returns:
@@ -148,7 +171,8 @@ def merge_checkpoint(
         CheckpointError: an input cannot be opened or read, or the output cannot be written.
         StructureError, ShapeError, DTypeError: experts and base differ.
         NonFiniteError: NaN or infinity in an input.
-        RecipeError: the method does not fit these experts, or lacks a base, a key or a value for some tensor.
+        RecipeError: the method does not fit these experts, or lacks a base, a key or a value for some tensor; or
+            processes make different calls.
         BudgetError: a tensor needs more memory than the budget, the message tells which and how much; or the I/O budget
             cannot be kept.
         ConflictError: `out` exists, is an input, or is being written by somebody else.
@@ -156,9 +180,10 @@ def merge_checkpoint(
     started = time.perf_counter()
     out = local_path(out)
     with contextlib.ExitStack() as opened:
+        together = opened.enter_context(working(processes))
         sources, reference, job = _opened(opened, method, experts, base, key, rules, dtype)
-        about = None
-        if manifest and _is_folder(out, format):
+        about, manifest = None, manifest and _is_folder(out, format)
+        if manifest or together.count > 1:
             about = describe_merge(
                 method,
                 {name: _described(name, source, sources) for name, source in name_experts(experts).items()},
@@ -168,21 +193,31 @@ def merge_checkpoint(
                 rules=rules,
                 allow_nonfinite=allow_nonfinite,
             )
+            options = {"policy": policy, "floors": floors, "reuse": reuse, "the text of the recipe": recipe}
+            if not isinstance(io_budget, AccessPlan):  # that of process 0 is used
+                options["io_budget"] = io_budget
+            together.agree(lambda: _facts(about, options))
         opening, seconds = time.perf_counter() - started, {}
         access, analysed = None, {}
-        # Without a budget, a catalog is asked only for what it knows.
+        # Without a budget, a catalog is asked only for what it knows. Of several processes, the first one asks.
         there = isinstance(catalog, Catalog) or (catalog is not None and Path(catalog).exists())
-        known = _catalog(opened, catalog) if io_budget is not None or there else None
-        if io_budget is None or known is None:
+        asks = together.index == 0 and (io_budget is not None or there)
+        known = _catalog(opened, catalog) if asks else None
+        if io_budget is None:
             merged = merge_lazily(job, allow_nonfinite)
         else:
-            _check_conflict(out, sources)  # before everything is read for statistics
             place = place_of(out, format, overwrite, context)
-            if place is not None:
-                place.check()
-            elif os.path.lexists(out) and not overwrite:
-                raise ConflictError(f"{out} exists already; remove it, choose another name or pass overwrite=True")
-            access, analysed = plan_job(job, sources, known, io_budget, policy, floors, progress)
+
+            def choose() -> tuple[AccessPlan, dict[str, int]]:
+                assert known is not None
+                _check_conflict(out, sources)  # before everything is read for statistics
+                if place is not None:
+                    place.check()
+                elif os.path.lexists(out) and not overwrite:
+                    raise ConflictError(f"{out} exists already; remove it, choose another name or pass overwrite=True")
+                return plan_job(job, sources, known, io_budget, policy, floors, progress)
+
+            access, analysed = _chosen(together, choose)
             scratch = Scratch(Path(out).absolute().parent if place is None else Path(tempfile.gettempdir()))
             opened.callback(scratch.close)
             merged = merge_lazily(restricted(job, access, scratch), allow_nonfinite)
@@ -199,7 +234,7 @@ def merge_checkpoint(
             context,
         )
         previous = None if reuse is None else opened.enter_context(Previous(reuse))
-        told = _Context(sources, access, about, recipe, previous, known)
+        told = _Context(sources, access, about if manifest else None, recipe, previous, known, together)
         report = _saved(merged, target, memory_budget, progress, told)
         seconds = {"open": opening, **seconds, **report.seconds}
         report = dataclasses.replace(report, seconds=seconds, io_plan=access, bytes_analysed=analysed)
@@ -259,6 +294,37 @@ def plan_merge(
         merged = merged if dtype is None else cast(merged, dtype)
         plan = make_plan(_stored_once(merged, sources)[0], parse_bytes(memory_budget, "memory_budget"))
         return dataclasses.replace(plan, io_plan=access)
+
+
+def _facts(about: Merge, options: Mapping[str, Any]) -> dict[str, str]:
+    """What the processes of a merge must agree on, besides what `_saved` asks."""
+    told = {
+        "the method": about.method,
+        "the method's coefficients": digest(about.recipe),
+        "the key": digest(about.key),
+        "dtype": about.dtype,
+        "the rules": about.rules,
+        "allow_nonfinite": about.allow_nonfinite,
+        "the names of the models": [x.name for x in (about.base, *about.experts) if x is not None],
+        **options,
+    }
+    return {name: str(value) for name, value in told.items()}
+
+
+def _chosen(
+    together: Processes, choose: Callable[[], tuple[AccessPlan, dict[str, int]]]
+) -> tuple[AccessPlan, dict[str, int]]:
+    """What `choose` gives in process 0."""
+    if together.count == 1:
+        return choose()
+    chosen: list[tuple[AccessPlan, dict[str, int]]] = []
+
+    def as_bytes() -> bytes:
+        chosen.append(choose())
+        return json.dumps([chosen[0][0].as_data(), chosen[0][1]]).encode()
+
+    plan, analysed = json.loads(together.from_first("access plan", as_bytes))
+    return chosen[0] if chosen else (AccessPlan.from_data(plan), analysed)
 
 
 def _catalog(opened: contextlib.ExitStack, catalog: Catalog | str | Path | None) -> Catalog:
@@ -330,6 +396,7 @@ def save_lazily(
     overwrite: bool = False,
     progress: bool | None = None,
     sources: Mapping[str, Checkpoint] | None = None,
+    processes: Literal["all", "own"] = "all",
     context: ts.Context | None = None,
 ) -> StreamReport:
     """Saves a tree of lazy tensors, reading and computing as it writes.
@@ -351,6 +418,7 @@ def save_lazily(
         progress: show what will be read, written and needed, and a bar; by default in a terminal or notebook.
         sources: opened checkpoints that the tree is read from, by name: `out` must be none of them, and the report
             tells what was read from each.
+        processes: as for `merge_checkpoint`: by default all processes of `jax.distributed` save the same tree.
         context: TensorStore's context for a URL as `out`.
 
     Returns:
@@ -363,7 +431,8 @@ def save_lazily(
         NonFiniteError: a merged tensor has NaN or infinity in an input.
     """
     target = _Target(local_path(out), format, metadata, side_files, max_shard_bytes, overwrite, context)
-    return _saved(params, target, memory_budget, progress, _Context(sources or {}))
+    with working(processes) as together:
+        return _saved(params, target, memory_budget, progress, _Context(sources or {}, together=together))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,6 +459,7 @@ class _Context:
         recipe: its text.
         previous: an earlier output, of which tensors may be copied.
         catalog: what is known about the sources.
+        together: the processes that save it.
     """
 
     sources: Mapping[str, Checkpoint]
@@ -398,13 +468,14 @@ class _Context:
     recipe: str | None = None
     previous: Previous | None = None
     catalog: Catalog | None = None
+    together: Processes = ALONE
 
 
 def _saved(
     params: Params, target: _Target, memory_budget: int | str, progress: bool | None, context: _Context
 ) -> StreamReport:
     """Does what `save_lazily` does, and what the context asks for."""
-    started = time.perf_counter()
+    started, together = time.perf_counter(), context.together
     out, format, max_shard_bytes, sources = target.out, target.format, target.max_shard_bytes, context.sources
     _check_conflict(out, sources)
     tensors, aliases = _stored_once(params, sources)
@@ -412,38 +483,46 @@ def _saved(
     if max_shard_bytes is None and _is_hugging_face(out, format):
         max_shard_bytes = min(budget // 4, SHARD_BYTES) if "://" in str(out) else DEFAULT_SHARD
     shards = None if max_shard_bytes is None else parse_bytes(max_shard_bytes, "max_shard_bytes")
-    plan = make_plan(tensors, budget)
     specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    together.agree(lambda: _facts_of_output(target, specs, sources, budget, context.about is not None))
+    plan = make_plan(tensors, budget, fewest_cores(together))
     keys: Keys = {}
     if context.about is not None or context.previous is not None:
-        keys = tensor_keys(tensors, sources, context.catalog, plan.chunk)
+        keys = keys_of_first(together, lambda: tensor_keys(tensors, sources, context.catalog, plan.chunk))
     copied = {} if context.previous is None else context.previous.find(keys)
     hashes, journal = None, None
     if context.about is not None:
-        hashes, journal = BlockHashes(specs), _journal(context.about, context.access, keys)
+        hashes = BlockHashes(specs)
+        journal = None if together.count > 1 else _journal(context.about, context.access, keys)
     already_read = {name: source.bytes_read for name, source in sources.items()}
     # Byte sources notice for themselves when they change; an Orbax folder is many files, looked at before and after.
     folders = {name: fingerprint(source).model for name, source in sources.items() if source.format == "orbax"}
-    with showing(progress) as display, contextlib.ExitStack() as closing:
+    with showing(progress if together.index == 0 else False) as shown, contextlib.ExitStack() as closing:
+        display = together.watching(shown)
         if journal is not None:
             closing.callback(journal.close)
         display.say(
             f"{out}: {len(tensors)} tensors, {format_bytes(plan.to_read)} to read, "
             f"{format_bytes(plan.to_write)} to write, at most {format_bytes(plan.memory)} of memory"
         )
-        with open_writer(
-            out,
-            specs,
-            format=format,
-            metadata=target.metadata,
-            aliases=aliases,
-            max_shard_bytes=shards,
-            # The manifest of an input tells nothing about the output.
-            side_files={name: file for name, file in (target.side_files or {}).items() if name != MANIFEST},
-            overwrite=target.overwrite,
-            resume=None if journal is None else journal.resume,
-            context=target.context,
-        ) as writer:
+
+        def begin(join: bool) -> CheckpointWriter:
+            return open_writer(
+                out,
+                specs,
+                format=format,
+                metadata=target.metadata,
+                aliases=aliases,
+                max_shard_bytes=shards,
+                # The manifest of an input tells nothing about the output.
+                side_files={name: file for name, file in (target.side_files or {}).items() if name != MANIFEST},
+                overwrite=target.overwrite,
+                resume=None if journal is None else journal.resume,
+                join=join,
+                context=target.context,
+            )
+
+        with written_together(together, begin) as writer:
             writer.display = display
             planned = time.perf_counter()
             finished: dict[str, Known] = {}
@@ -455,10 +534,12 @@ def _saved(
             seconds: dict[str, float] = {}
             if known:
                 _say_known(display, known, tensors, context.previous)
-                here, seconds = restore(known, plan.workers, writer, display, hashes, journal)
+                own = dict(list(known.items())[together.index :: together.count])
+                here, seconds = restore(own, plan.workers, writer, display, hashes, journal)
+                here = everywhere(together, here)
                 _warn_damaged(copied, finished, here, context.previous)
             rest = plan.without(here)
-            worker_seconds = stream(rest, writer, display, hashes, journal)
+            worker_seconds = stream(rest, writer, display, hashes, journal, together)
             worker_seconds = {name: s + seconds.get(name, 0.0) for name, s in worker_seconds.items()}
             for name, state in folders.items():
                 if fingerprint(sources[name]).model != state:
@@ -467,10 +548,11 @@ def _saved(
                     )
             streamed = time.perf_counter()
             read = {name: source.bytes_read - already_read[name] for name, source in sources.items()}
-            if context.access is not None:
-                _check_fetched(context.access, sources, read)
+            done = gathered(together, writer, hashes, Done(read, worker_seconds, plan.workers, peak_memory()))
             from_previous = {name: copied[name].name for name in sorted(here) if name not in finished}
-            if context.about is not None and hashes is not None:
+            if context.access is not None and together.index == 0:
+                _check_fetched(context.access, sources, done.bytes_read)
+            if context.about is not None and hashes is not None and together.index == 0:
                 output = Output(format or "safetensors", shards, BLOCK_BYTES, hashes.tensors(), aliases)
                 earlier = context.previous
                 write_manifest(
@@ -478,7 +560,7 @@ def _saved(
                     context.about,
                     output,
                     memory_budget=budget,
-                    bytes_read=read,
+                    bytes_read=done.bytes_read,
                     recipe=context.recipe,
                     io_plan=context.access,
                     keys=keys,
@@ -486,20 +568,50 @@ def _saved(
                 )
         published = time.perf_counter()
     resumed = [name for name in here if name in finished]
+    done = done_by_all(together, done)
     return StreamReport(
         path=writer.path,
         tensors=len(tensors),
         merged=len({part.name for part in (*plan.shared, *plan.alone) if merges_within(part.leaf)}),
-        bytes_read=read,
+        bytes_read=done.bytes_read,
         bytes_written=plan.to_write - sum(tensors[name].nbytes for name in resumed),
         seconds={"plan": planned - started, "stream": streamed - planned, "publish": published - streamed},
-        worker_seconds=worker_seconds,
-        workers=plan.workers,
+        worker_seconds=done.worker_seconds,
+        workers=done.workers,
         memory_planned=plan.memory,
-        memory_peak=peak_memory(),
+        memory_peak=done.memory_peak,
         resumed=len(resumed),
         reused=len(from_previous),
+        processes=together.count,
     )
+
+
+def _facts_of_output(
+    target: _Target, specs: Sequence[TensorSpec], sources: Mapping[str, Checkpoint], budget: int, has_manifest: bool
+) -> dict[str, str]:
+    """What the processes that save a tree must agree on.
+
+    Raises:
+        RecipeError: the output is behind a URL.
+    """
+    if "://" in str(target.out):
+        raise RecipeError(
+            f"{target.out}: several processes write to one folder, which cannot be behind a URL; merge into a local "
+            "folder that all hosts share and upload that, or let one process merge (processes='own')"
+        )
+    told = {
+        "out": os.path.abspath(target.out),
+        "format": target.format,
+        "max_shard_bytes": target.max_shard_bytes,
+        "overwrite": target.overwrite,
+        "memory_budget": budget,
+        "manifest": has_manifest,
+        "64-bit arithmetic": jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
+        "the tensors of the output": digest([[x.name, x.dtype.name, list(x.shape)] for x in specs]),
+        **{f"the version of {name}": version for name, version in versions().items() if name != "python"},
+        **facts_of(sources),
+    }
+    return {name: str(value) for name, value in told.items()}
 
 
 def _journal(about: Merge, access: AccessPlan | None, keys: Keys) -> Journal | None:

@@ -8,6 +8,7 @@ work at the same time fit into the budget together; a part that fits only alone 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -82,19 +83,54 @@ class Plan:
         to_write = sum((part.stop - part.start) * part.dtype.itemsize for part in parts)
         return dataclasses.replace(self, shared=shared, alone=alone, to_read=_parts_to_read(parts), to_write=to_write)
 
+    def shares(self, count: int, names: Sequence[str]) -> list[Plan]:
+        """The plan cut into shares of about equal work, one for each of several processes.
 
-def make_plan(tensors: Mapping[str, LazyTensor], budget: int) -> Plan:
+        A share is a run of the output: its files are written, and those of the inputs mostly read, from one place on.
+        Within an I/O budget a tensor is not cut, because a block that was fetched is kept by one process.
+
+        Args:
+            count: how many.
+            names: the tensors in the order in which they are written.
+        """
+        position = {name: i for i, name in enumerate(names)}
+        parts = sorted((*self.shared, *self.alone), key=lambda part: (position[part.name], part.at + part.start))
+        read = {leaf: _to_read(leaf, keep) for leaf, keep in {part.leaf: part.keep for part in parts}.items()}
+        work = [
+            read[part.leaf] * (part.stop - part.start) // part.leaf.size
+            + (part.stop - part.start) * part.dtype.itemsize
+            for part in parts
+        ]
+        total, done, owner = max(sum(work), 1), 0, {}
+        together = [part.name if is_budgeted(part.leaf) else i for i, part in enumerate(parts)]
+        for _, run in itertools.groupby(range(len(parts)), key=together.__getitem__):
+            run = list(run)
+            here = sum(work[i] for i in run)
+            for i in run:
+                owner[id(parts[i])] = min((2 * done + here) * count // (2 * total), count - 1)
+            done += here
+        shares = []
+        for process in range(count):
+            shared, alone = ([x for x in parts if owner[id(x)] == process] for parts in (self.shared, self.alone))
+            to_write = sum((part.stop - part.start) * part.dtype.itemsize for part in (*shared, *alone))
+            to_read = sum(n for n, part in zip(work, parts, strict=True) if owner[id(part)] == process) - to_write
+            shares.append(dataclasses.replace(self, shared=shared, alone=alone, to_read=to_read, to_write=to_write))
+        return shares
+
+
+def make_plan(tensors: Mapping[str, LazyTensor], budget: int, cores: int | None = None) -> Plan:
     """Cuts tensors into parts.
 
     Args:
         tensors: what is to be written, by name.
         budget: bytes of memory.
+        cores: how many workers there may be; None for those of this machine.
 
     Raises:
         BudgetError: one of the tensors needs more memory than that.
     """
     leaves = [leaf for name, tensor in tensors.items() for leaf in _leaves(name, tensor, tensor.dtype)]
-    workers, chunk = _workers_and_chunk([leaf for _, _, leaf, _ in leaves], budget)
+    workers, chunk = _workers_and_chunk([leaf for _, _, leaf, _ in leaves], budget, cores or os.cpu_count() or 1)
     share = budget // workers
     shared, alone = [], []
     for name, at, leaf, dtype in leaves:
@@ -146,11 +182,11 @@ def _leaves(
         yield name, at, tensor, dtype
 
 
-def _workers_and_chunk(leaves: Sequence[LazyTensor], budget: int) -> tuple[int, int]:
+def _workers_and_chunk(leaves: Sequence[LazyTensor], budget: int, cores: int) -> tuple[int, int]:
     """As many workers and as large chunks as the budget allows, smaller chunks rather than fewer workers."""
     cut = [leaf for leaf in leaves if not _is_whole(leaf)]
     needed, largest = 0, None
-    for workers in range(min(max(os.cpu_count() or 1, 2), _MOST_WORKERS), 0, -1):
+    for workers in range(min(max(cores, 2), _MOST_WORKERS), 0, -1):
         chunk = CHUNK
         while chunk >= _SMALLEST_CHUNK:
             needed, largest = max(((_memory(leaf, chunk), leaf) for leaf in cut), key=lambda x: x[0], default=(0, None))
@@ -167,6 +203,11 @@ def _workers_and_chunk(leaves: Sequence[LazyTensor], budget: int) -> tuple[int, 
 def _is_whole(leaf: LazyTensor) -> bool:
     """Whether a leaf should be read at once, because a part of it costs as much as the whole."""
     return any(merged.task.method.whole_tensor for merged in merges_within(leaf))
+
+
+def is_budgeted(leaf: LazyTensor) -> bool:
+    """Whether a leaf reads only chosen blocks of its inputs."""
+    return isinstance(leaf, BudgetedTensor) or any(is_budgeted(source) for source in _sources(leaf))
 
 
 def _sources(leaf: LazyTensor) -> list[LazyTensor]:

@@ -39,6 +39,8 @@ class StreamReport:
         bytes_analysed: bytes read before that, from each checkpoint by name, for statistics that no catalog had.
         resumed: how many tensors a killed run had written; they were read back, and not counted in `bytes_written`.
         reused: how many tensors were copied from an earlier output.
+        processes: how many processes shared the work. Bytes, seconds of workers and their number are those of all
+            together, memory is that of the one with the most, and phases are as process 0 saw them.
     """
 
     path: Any
@@ -55,6 +57,7 @@ class StreamReport:
     bytes_analysed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     resumed: int = 0
     reused: int = 0
+    processes: int = 1
 
     def rows(self) -> list[tuple[str, str]]:
         """The table: what, how much."""
@@ -63,6 +66,7 @@ class StreamReport:
         activities = ", ".join(f"{activity} {seconds:.2f}" for activity, seconds in self.worker_seconds.items())
         analysed, plan = sum(self.bytes_analysed.values()), self.io_plan
         planned = {} if plan is None else {name: f" ({format_bytes(n)} planned)" for name, n in plan.planned.items()}
+        among = "" if self.processes == 1 else f" in {self.processes} processes"
         return [
             ("tensors", f"{self.merged} merged, {self.tensors - self.merged} copied"),
             *([("taken over from a killed run", f"{self.resumed} tensors")] if self.resumed else []),
@@ -72,7 +76,7 @@ class StreamReport:
             *([] if plan is None else [row for row in plan.rows() if not row[0].startswith("planned from")]),
             ("written", format_bytes(self.bytes_written)),
             ("seconds", f"{total:.2f} ({phases})"),
-            (f"seconds of {self.workers} workers", activities),
+            (f"seconds of {self.workers} workers" + among, activities),
             ("memory planned", format_bytes(self.memory_planned)),
             ("peak memory of the process", format_bytes(self.memory_peak)),
         ]

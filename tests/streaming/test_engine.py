@@ -78,19 +78,18 @@ def check_equal(found: dict[str, np.ndarray], expected: dict) -> None:
 @pytest.mark.parametrize("method", EXACT.values(), ids=EXACT.keys())
 @settings(max_examples=4)
 @given(  # each new length or shape is a compilation, so there are few
-    chunk=st.sampled_from([16, 1000, 1 << 17]),
+    chunk=st.sampled_from([16, 1 << 17]),
     workers=st.integers(1, 4),
-    shape=st.sampled_from([(70, 30), (1, 17)]),
-    dtype=st.sampled_from([BFLOAT16, np.dtype(np.float16), np.dtype(np.float32)]),
+    kind=st.sampled_from([((70, 30), BFLOAT16), ((1, 17), np.dtype(np.float32))]),
 )
 def test_same_as_in_memory(
     method: jm.Method,
     chunk: int,
     workers: int,
-    shape: tuple[int, int],
-    dtype: np.dtype,
+    kind: tuple[tuple[int, int], np.dtype],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    shape, dtype = kind
     base, experts = models({"0/kernel": shape, "1/kernel": shape, "scale": ()}, dtype)
     expected = jm.merge(method, experts, base=base, key=3)
     out = tmp_path_factory.getbasetemp() / "merged.safetensors"
