@@ -26,7 +26,8 @@ def splits() -> dict[str, Split]:
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(VisionTransformer(nnx.Rngs(0), dim=16, depth=2, heads=2), nnx.Param)
+    model = nnx.jit(lambda: VisionTransformer(nnx.Rngs(0), dim=16, depth=2, heads=2))()  # one program, not many
+    return nnx.split(model, nnx.Param)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def models(tiny: tuple[nnx.GraphDef, nnx.State]) -> tuple[nnx.State, dict[str, n
     rng = np.random.default_rng(0)
 
     def near(x: jax.Array) -> jax.Array:
-        return x + jnp.asarray(0.02 * rng.normal(size=x.shape), x.dtype)
+        return jnp.asarray(np.asarray(x) + 0.02 * rng.normal(size=x.shape), x.dtype)
 
     return base, {task: jax.tree.map(near, base) for task in TASKS}
 
@@ -75,22 +76,24 @@ def test_tasks_show_images_in_their_view(splits: dict[str, Split], task: str) ->
     images = splits["val"].images[:5]
     turned = np.stack([np.rot90(image) for image in images])
     expected = {"rotated": turned, "inverted": 1 - images, "mirrored": np.flip(images, 2)}.get(task, images)
-    np.testing.assert_array_equal(show(images, TASKS[task], jax.random.key(3)), expected)
+    shown = jax.jit(lambda images, key: show(images, TASKS[task], key))(images, jax.random.key(3))
+    np.testing.assert_array_equal(shown, expected)
 
 
 def test_pretraining_mixes_all_views(splits: dict[str, Split]) -> None:
     image = splits["val"].images[:1]
-    shown = show(jnp.tile(image, (2000, 1, 1)), PRETRAINING, jax.random.key(0))
-    share = [float(jnp.mean(jnp.all(shown == view(image), axis=(1, 2)))) for view in VIEWS.values()]
+    images = np.tile(image, (2000, 1, 1))
+    shown = np.asarray(jax.jit(lambda images, key: show(images, PRETRAINING, key))(images, jax.random.key(0)))
+    share = [np.mean(np.all(shown == np.asarray(view(image)), axis=(1, 2))) for view in VIEWS.values()]
     np.testing.assert_allclose(share, PRETRAINING.views, atol=0.03)
 
 
 def test_augmentation_moves_images_a_little(splits: dict[str, Split]) -> None:
     images = splits["val"].images
-    moved = augment(images, jax.random.key(0))
+    moved = jax.jit(augment)(images, jax.random.key(0))
     assert moved.shape == images.shape
-    assert float(jnp.min(moved)) >= 0 and float(jnp.max(moved)) <= 1
-    flat = [np.asarray(x).reshape(len(images), -1) for x in (images, moved, jnp.roll(images, 1, axis=0))]
+    assert np.min(moved) >= 0 and np.max(moved) <= 1
+    flat = [np.asarray(x).reshape(len(images), -1) for x in (images, moved, np.roll(images, 1, axis=0))]
     cosine = [np.sum(flat[0] * x, 1) / np.linalg.norm(flat[0], axis=1) / np.linalg.norm(x, axis=1) for x in flat[1:]]
     assert 0.8 < cosine[0].mean() < 0.99 and cosine[0].mean() > cosine[1].mean() + 0.1  # more alike than another image
 
@@ -101,7 +104,7 @@ def test_model_gives_unit_vectors_under_readable_names(splits: dict[str, Split])
     assert names["blocks/2/attn/query/kernel"].shape == (96, 96)
     assert names["pos_embed"].shape == (16, 96)
     assert sum(name.startswith("blocks/") for name in names) == 3 * 16
-    vectors = nnx.merge(model, params)(splits["val"].images[:7])
+    vectors = jax.jit(lambda params, images: nnx.merge(model, params)(images))(params, splits["val"].images[:7])
     assert vectors.shape == (7, EMBED)
     np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
 
@@ -110,14 +113,23 @@ def test_patches_are_squares_of_the_image(tiny: tuple[nnx.GraphDef, nnx.State]) 
     """Changing one pixel must change the embedding of the one patch that holds it."""
     model = nnx.merge(*tiny)
     seen = []
-    model.patch_embed = lambda patches: seen.append(np.asarray(patches)) or jnp.zeros((*patches.shape[:2], 16))  # pyright: ignore
-    for pixel in ((0, 0), (1, 1), (2, 5), (7, 7)):
-        model(jnp.zeros((1, 8, 8)).at[0, *pixel].set(1.0))
-    assert [int(patches.max(axis=2).argmax()) for patches in seen] == [0, 0, 6, 15]
+    model.patch_embed = lambda patches: seen.append(patches) or jnp.zeros((*patches.shape[:2], 16))  # pyright: ignore
+
+    @jax.jit
+    def patches(images: jax.Array) -> jax.Array:
+        model(images)
+        return seen.pop()
+
+    images = np.zeros((4, 8, 8), np.float32)
+    for image, pixel in zip(images, ((0, 0), (1, 1), (2, 5), (7, 7)), strict=True):
+        image[pixel] = 1
+    assert patches(jnp.asarray(images)).max(axis=2).argmax(axis=1).tolist() == [0, 0, 6, 15]
 
 
 def test_absent_classes_are_never_answered(tiny: tuple[nnx.GraphDef, nnx.State], splits: dict[str, Split]) -> None:
-    scores = logits(*tiny, TASKS["parity"], splits["val"].images[:4])
+    model, params = tiny
+    images = splits["val"].images[:4]
+    scores = jax.jit(lambda params, images: logits(model, params, TASKS["parity"], images))(params, images)
     assert np.isfinite(scores[:, :2]).all() and np.isneginf(scores[:, 2:]).all()
 
 

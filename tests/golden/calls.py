@@ -47,6 +47,8 @@ class Merge:
     base_first: bool = False
 
     def outputs(self, case: Case) -> Tensors:
+        if self.method.granularity is jm.Granularity.TENSOR:  # only what was recorded: each shape is a program
+            case = case.with_inputs(case.wanted)
         merged = self._merge(case.base, case.experts)
         if not case.half_precision:
             return merged
@@ -111,7 +113,8 @@ class KeepProbability:
         for name, info in infos.items():
             delta = case.experts[self.expert][name] - case.base[name]
             stage = self.stage.at(info, ("expert",))
-            probability = np.asarray(stage.keep_probability(jnp.asarray(delta), 0, info))
+            keep_probability = jax.jit(lambda delta, stage=stage, info=info: stage.keep_probability(delta, 0, info))
+            probability = np.asarray(keep_probability(delta))
             result[f"prob/{name}" if self.prefixed else name] = probability
             result[f"allkept/{name}"] = delta / probability
         return result

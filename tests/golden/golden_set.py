@@ -4,10 +4,13 @@ The set in `data/` holds the families that have a row in `table.ROWS`. The envir
 another folder of the same format.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import json
 import os
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,18 @@ class Case:
     @property
     def half_precision(self) -> bool:
         return any(x.dtype == ml_dtypes.bfloat16 for x in self.base.values())
+
+    def of_tensors(self, names: Sequence[str]) -> Case:
+        """The case with the outputs of these tensors of the base only, and with those that are of no one tensor."""
+        others = self.base.keys() - set(names)
+        return dataclasses.replace(
+            self, wanted={n: x for n, x in self.wanted.items() if n.split("/")[-1] not in others}
+        )
+
+    def with_inputs(self, names: Container[str]) -> Case:
+        """The case with these tensors of base and experts only."""
+        base, *experts = [{n: x for n, x in model.items() if n in names} for model in (self.base, *self.experts)]
+        return dataclasses.replace(self, base=base, experts=experts)
 
 
 class GoldenSet:

@@ -56,9 +56,10 @@ class SafetyMerge:
         )
         merged = jax.device_get(jm.merge(self.method, {"task": task, "safety": safety}, base=base))
         damping = {}
+        of_matrices = jax.jit(lambda task, safety: interference(task, safety, self.rank_share))
         for name in names:
             if base[name].ndim == 2:
-                found = interference(task[name] - base[name], safety[name] - base[name], self.rank_share)
+                found = of_matrices(task[name] - base[name], safety[name] - base[name])
                 damping[f"interference_weight/{name}"] = np.asarray(jnp.exp(-self.gain * found))
         return merged | damping
 

@@ -218,6 +218,9 @@ EVERYTHING = {
 
 KEY = 7
 DETERMINISTIC = {name: entry for name, entry in EVERYTHING.items() if not entry.draws}
+ONE_OF_EACH = ("linear", "slerp", "dare", "ties_per_tensor", "ties", "lines_measured", "widen", "tsv_m")
+"""One for each way to be merged: plain arithmetic, sums and order statistics over a tensor and over the model, draws,
+tensors needed whole, and their factorisations. For what methods themselves have no part in."""
 
 
 def each(entries: dict[str, Entry]) -> pytest.MarkDecorator:

@@ -1,4 +1,4 @@
-"""Small models for the tests of methods: three layers, three shapes, names as Flax gives them."""
+"""Small models for the tests of methods: three layers, names as Flax gives them, and few shapes: each is a program."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ import numpy as np
 Tensors = dict[str, Any]
 
 SHAPES = {
-    "embed/embedding": (8, 16),
     **{f"blocks/{layer}/kernel": (8, 16) for layer in range(3)},
     **{f"blocks/{layer}/bias": (16,) for layer in range(3)},
 }
+WITH_EMBEDDING = {"embed/embedding": (8, 16), **SHAPES}
+"""A tensor more, outside the layers and with other axes than a kernel."""
+
 NAMES = ("math", "code", "chat")
 
 

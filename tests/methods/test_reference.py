@@ -1,29 +1,28 @@
-"""Every deterministic method against its formula in NumPy and float64, and every method for what it keeps."""
+"""Every deterministic method against its formula in NumPy and float64, and in the dtypes that there are."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import jaxmerge as jm
-from tests.methods.everything import DETERMINISTIC, EVERYTHING, KEY, each
-from tests.methods.models import NAMES, SHAPES, make_models, on_device
-
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+from tests.methods.everything import DETERMINISTIC, EVERYTHING, KEY, ONE_OF_EACH, each
+from tests.methods.models import NAMES, SHAPES, WITH_EMBEDDING, make_models, on_device
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @each(DETERMINISTIC)
-def test_method_gives_its_formula(entry, dtype):
-    check_formula(entry, dtype)
+def test_method_gives_its_formula(entry):
+    check_formula(entry, np.float32, WITH_EMBEDDING)
 
 
-@each({name: EVERYTHING[name] for name in ("linear", "slerp", "ties", "widen")})  # one of each granularity
-def test_method_gives_its_formula_in_float16(entry):
-    check_formula(entry, np.float16)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+@each({name: DETERMINISTIC[name] for name in ONE_OF_EACH if name in DETERMINISTIC})
+def test_method_gives_its_formula_in_half_precision(entry, dtype):
+    """A method sees float32 and never the dtype of a model, so a few show it for all."""
+    check_formula(entry, dtype, SHAPES)
 
 
-def check_formula(entry, dtype):
-    base, experts = make_models(dtype=dtype)
+def check_formula(entry, dtype, shapes):
+    base, experts = make_models(dtype=dtype, shapes=shapes)
     chosen = {name: experts[name] for name in NAMES[: entry.experts]}
     merged = jm.merge(entry.method, on_device(chosen), base=on_device(base))
     wide = [{n: x.astype(np.float64) for n, x in model.items()} for model in (base, *chosen.values())]
@@ -40,8 +39,9 @@ def check_formula(entry, dtype):
 KERNELS = {name: shape for name, shape in SHAPES.items() if name.endswith("kernel")}
 
 
-@each(EVERYTHING)
+@each({name: entry for name, entry in EVERYTHING.items() if name in ONE_OF_EACH or not entry.differentiates})
 def test_float64_is_merged_in_float64(entry, x64):
+    """The others where they are differentiated, in float64 too."""
     base, experts = make_models(dtype=np.float64, shapes=KERNELS)
     chosen = {name: experts[name] for name in NAMES[: entry.experts]}
     merged = jm.merge(entry.method, on_device(chosen), base=on_device(base), key=KEY)

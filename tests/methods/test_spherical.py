@@ -10,6 +10,7 @@ import jaxmerge as jm
 from jaxmerge.errors import RecipeError
 
 SEEDS = st.integers(0, 2**32 - 1)
+COUNTS = st.sampled_from([1, 3])  # each number of experts is a program of its own
 FEW = settings(max_examples=15)
 MEANS = {"multislerp": jm.multislerp(), "karcher": jm.karcher(iterations=30)}
 all_means = pytest.mark.parametrize("method", MEANS.values(), ids=MEANS)
@@ -68,7 +69,7 @@ def test_nuslerp_by_axis_agrees_between_layouts(rng):
 
 @all_means
 @FEW
-@given(seed=SEEDS, count=st.integers(1, 5), exponent=st.integers(-20, 20))
+@given(seed=SEEDS, count=COUNTS, exponent=st.integers(-20, 20))
 def test_means_scale_and_keep_the_mean_length(method, seed, count, exponent):
     given = vectors(seed, count)
     found = merged(method, given)
@@ -78,7 +79,7 @@ def test_means_scale_and_keep_the_mean_length(method, seed, count, exponent):
 
 @all_means
 @FEW
-@given(seed=SEEDS, count=st.integers(1, 4))
+@given(seed=SEEDS, count=COUNTS)
 def test_mean_of_equal_experts_is_the_expert(method, seed, count):
     (expert,) = vectors(seed, 1)
     np.testing.assert_allclose(merged(method, [expert] * count), expert, rtol=1e-6)
@@ -92,7 +93,7 @@ def test_karcher_mean_of_two_lies_halfway_along_the_arc(seed):
 
 
 @FEW
-@given(seed=SEEDS, count=st.integers(2, 5))
+@given(seed=SEEDS, count=st.sampled_from([2, 3]))
 def test_karcher_mean_has_no_pull_left(seed, count):
     """The defining property: logarithms at the mean add up to zero."""
     units = [unit(np.abs(x).astype(np.float64)) for x in vectors(seed, count)]  # one orthant, so the mean is unique

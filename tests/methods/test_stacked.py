@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import jaxmerge as jm
 from jaxmerge.trees.lazy import ArrayTensor
-from tests.methods.everything import EVERYTHING, KEY
-from tests.methods.models import NAMES, assert_close, make_models, on_device
+from tests.methods.everything import DETERMINISTIC, EVERYTHING, KEY, Entry, each
+from tests.methods.models import NAMES, WITH_EMBEDDING, assert_close, make_models, on_device
 
 LAYERS = 3
 RULES = jm.Rules(stacked=("blocks/.*",))
@@ -18,8 +17,8 @@ VARYING = {
     "density by depth": jm.ties(jm.by_depth([0.1, 0.9]), scope="tensor"),
     "weights by depth": jm.linear({name: jm.by_depth([i, 1.0]) for i, name in enumerate(NAMES, 1)}),
 }
-METHODS = {name: (e.method, e.experts) for name, e in EVERYTHING.items() if not e.draws and name != "partition"}
-METHODS |= {name: (method, len(NAMES)) for name, method in VARYING.items()}
+METHODS = {name: entry for name, entry in DETERMINISTIC.items() if name != "partition"}
+METHODS |= {name: Entry(method) for name, method in VARYING.items()}
 
 
 def stacked(model):
@@ -30,17 +29,17 @@ def stacked(model):
 
 
 def models():
-    base, experts = make_models()
+    base, experts = make_models(shapes=WITH_EMBEDDING)
     unrolled = on_device(base), on_device(experts)
     return unrolled, (on_device(stacked(base)), {name: on_device(stacked(x)) for name, x in experts.items()})
 
 
-@pytest.mark.parametrize(("method", "count"), METHODS.values(), ids=METHODS)
-def test_scanned_and_unrolled_models_merge_alike(method, count):
+@each(METHODS)
+def test_scanned_and_unrolled_models_merge_alike(entry):
     (base, experts), (scanned_base, scanned_experts) = models()
-    experts, scanned_experts = ({name: x[name] for name in NAMES[:count]} for x in (experts, scanned_experts))
-    merged = jm.merge(method, scanned_experts, base=scanned_base, rules=RULES)
-    wanted = stacked(jax.device_get(jm.merge(method, experts, base=base)))
+    experts, scanned_experts = ({name: x[name] for name in NAMES[: entry.experts]} for x in (experts, scanned_experts))
+    merged = jm.merge(entry.method, scanned_experts, base=scanned_base, rules=RULES)
+    wanted = stacked(jax.device_get(jm.merge(entry.method, experts, base=base)))
     assert_close({name: merged[name] for name in wanted}, wanted, ulps=2)
 
 
@@ -55,9 +54,8 @@ def test_layers_of_a_scanned_model_draw_independently():
     np.testing.assert_allclose(kept.mean(axis=(1, 2)), 0.5, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["ties", "ties_per_tensor", "dare", "della", "model_stock"])
-def test_scanned_models_merge_lazily_and_under_jit(name):
-    entry = EVERYTHING[name]
+@each({name: EVERYTHING[name] for name in ("ties", "ties_per_tensor", "dare", "della", "model_stock")})
+def test_scanned_models_merge_lazily_and_under_jit(entry):
     _, (base, experts) = models()
     wanted = jm.merge(entry.method, experts, base=base, key=KEY, rules=RULES)
     jitted = jax.jit(lambda b, e: jm.merge(entry.method, e, base=b, key=KEY, rules=RULES))(base, experts)
