@@ -152,8 +152,8 @@ from jaxmerge.streaming.manifest import load_manifest as load_manifest
 from jaxmerge.streaming.manifest import verify_checkpoint as verify_checkpoint
 from jaxmerge.streaming.merge_checkpoint import merge_checkpoint as merge_checkpoint
 from jaxmerge.streaming.merge_checkpoint import plan_merge as plan_merge
-from jaxmerge.streaming.merge_checkpoint import save_lazily as save_lazily
 from jaxmerge.streaming.report import StreamReport as StreamReport
+from jaxmerge.streaming.saving import save_lazily as save_lazily
 from jaxmerge.streaming.store import ModelStore as ModelStore
 from jaxmerge.streaming.store import ModelVersion as ModelVersion
 from jaxmerge.streaming.store import StoreFault as StoreFault

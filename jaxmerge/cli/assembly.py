@@ -21,9 +21,9 @@ from jaxmerge.cli.recipe import Recipe, Slice
 from jaxmerge.errors import CheckpointError, MergeError
 from jaxmerge.methods.lazy import as_lazy
 from jaxmerge.methods.merge import merge
-from jaxmerge.streaming.merge_checkpoint import save_lazily
 from jaxmerge.streaming.plan import Plan, make_plan
 from jaxmerge.streaming.report import StreamReport
+from jaxmerge.streaming.saving import save_lazily
 from jaxmerge.streaming.sizes import parse_bytes
 from jaxmerge.trees.checks import cast, is_mergeable
 from jaxmerge.trees.info import Rules

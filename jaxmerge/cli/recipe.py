@@ -13,9 +13,10 @@ from pathlib import Path
 
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.method import Method
-from jaxmerge.streaming.merge_checkpoint import DEFAULT_BUDGET, merge_checkpoint, plan_merge
+from jaxmerge.streaming.merge_checkpoint import merge_checkpoint, plan_merge
 from jaxmerge.streaming.plan import Plan
 from jaxmerge.streaming.report import StreamReport
+from jaxmerge.streaming.saving import DEFAULT_BUDGET
 from jaxmerge.trees.info import Rules
 from jaxmerge.trees.vocabulary import TokenRule
 

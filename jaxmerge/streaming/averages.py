@@ -31,8 +31,9 @@ from jaxmerge.methods.averaging import linear
 from jaxmerge.methods.checkpoint_averages import moved
 from jaxmerge.methods.coefficients import check_range
 from jaxmerge.methods.lazy import CopiedTensor, as_lazy, nonfinite_message, padded_size
-from jaxmerge.streaming.merge_checkpoint import DEFAULT_BUDGET, Source, save_lazily
 from jaxmerge.streaming.report import StreamReport
+from jaxmerge.streaming.saving import DEFAULT_BUDGET, save_lazily
+from jaxmerge.streaming.sources import Source
 from jaxmerge.trees.checks import name_experts
 from jaxmerge.trees.info import Rules
 from jaxmerge.trees.lazy import Box, LazyTensor, StackedTensor

@@ -203,7 +203,7 @@ class _Inputs(Reader):
         return Chunk(start, n, base, arrays if base is None else arrays[1:])
 
 
-class _AllWorkers(Reader):
+class AllWorkers(Reader):
     """Reads for a measurement over the model: every worker of every process takes chunks of all tensors."""
 
     def __init__(self, workers: Workers, progress: Progress, shares: Sequence[Plan], together: Processes):
@@ -369,7 +369,7 @@ def stream(
     shares = [plan] if together.count == 1 else plan.shares(together.count, list(writer.specs))
     for merged in dict.fromkeys(merged for part in parts for merged in merges_within(part.leaf)):
         if "model" in merged.task.method.passes:
-            merged.merge.stats(merged.task, _AllWorkers(workers, progress, shares, together))
+            merged.merge.stats(merged.task, AllWorkers(workers, progress, shares, together))
 
     def process(worker: Worker, part: Part) -> None:
         leaf = part.leaf

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Num
 from jaxmerge.checkpoints.base import Checkpoint, materialize, open_checkpoint
 from jaxmerge.errors import RecipeError
 from jaxmerge.methods.checkpoint_averages import moved
-from jaxmerge.streaming.merge_checkpoint import Source
 from jaxmerge.streaming.progress import showing
+from jaxmerge.streaming.sources import Source
 from jaxmerge.trees.checks import check_same_tensors, is_mergeable, name_experts
 from jaxmerge.trees.lazy import LazyTensor
 from jaxmerge.trees.paths import Params, named_leaves, with_leaves

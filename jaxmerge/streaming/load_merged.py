@@ -20,12 +20,12 @@ from jaxmerge.methods.lazy import CopiedTensor, merge_lazily
 from jaxmerge.methods.method import Method
 from jaxmerge.streaming.fingerprint import digest
 from jaxmerge.streaming.manifest import versions
-from jaxmerge.streaming.merge_checkpoint import Source, _opened
 from jaxmerge.streaming.placing import Placer
 from jaxmerge.streaming.processes import facts_of, working
 from jaxmerge.streaming.progress import showing
 from jaxmerge.streaming.report import peak_memory
 from jaxmerge.streaming.sizes import format_bytes
+from jaxmerge.streaming.sources import Source, opened_merge
 from jaxmerge.trees.checks import cast
 from jaxmerge.trees.info import Rules
 from jaxmerge.trees.lazy import LazyTensor
@@ -132,7 +132,7 @@ def load_merged(
     started = time.perf_counter()
     several = _several(shardings, mesh, target)
     with working("all" if several else "own") as processes, contextlib.ExitStack() as opened:
-        sources, _, job = _opened(opened, method, experts, base, key, rules, dtype)
+        sources, _, job = opened_merge(opened, method, experts, base, key, rules, dtype)
         _check_in_reach(job)
         merged = merge_lazily(job, allow_nonfinite)
         merged = merged if dtype is None else cast(merged, dtype)

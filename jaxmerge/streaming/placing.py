@@ -28,7 +28,7 @@ from jaxmerge.methods.assignment import TensorTask
 from jaxmerge.methods.lazy import CHUNK, LazyMerge, MergedTensor, as_lazy, nonfinite_message
 from jaxmerge.methods.programs import Batch, finite_inputs, merge_whole
 from jaxmerge.methods.sharding import with_sharding
-from jaxmerge.streaming.engine import Workers, _AllWorkers
+from jaxmerge.streaming.engine import AllWorkers, Workers
 from jaxmerge.streaming.plan import Plan, merges_within
 from jaxmerge.streaming.processes import ALONE, Processes
 from jaxmerge.streaming.progress import Progress
@@ -84,7 +84,7 @@ class Placer:
             if "model" in merged.task.method.passes:
                 share = Plan(workers=AT_ONCE, chunk=CHUNK, shared=[], alone=[], to_read=0, to_write=0, memory=0)
                 workers = Workers(AT_ONCE, CHUNK)
-                merged.merge.stats(merged.task, _AllWorkers(workers, progress, [share], self._processes))
+                merged.merge.stats(merged.task, AllWorkers(workers, progress, [share], self._processes))
 
     def place(self, leaf: Any, sharding: Sharding | None) -> Array:
         """The tensor in a sharding that fits it; None is the default device. A leaf that is tied is placed once.
