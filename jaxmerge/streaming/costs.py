@@ -65,13 +65,14 @@ class MergeCost:
 
     def rows(self) -> list[tuple[str, str]]:
         """A table: what, and how much."""
-        each = f"{format_bytes(self.read_bytes // self.processes)} by each of {self.processes} processes"
+        share = f", {format_bytes(self.read_bytes // self.processes)} by each of {self.processes} processes"
+        each = share if self.processes > 1 else ""
         moved = format_bytes(int(self.collective_bytes)) if self.collective_bytes else "nothing"
         return [
             ("parameters of a model", f"{self.parameters:,} ({format_bytes(self.model_bytes)})"),
             ("experts", str(self.experts)),
             ("devices", str(self.devices)),
-            ("to read", f"{format_bytes(self.read_bytes)}, {each}"),
+            ("to read", f"{format_bytes(self.read_bytes)}{each}"),
             ("to write, disk to disk", format_bytes(self.written_bytes)),
             ("operations", f"{self.operations:.2e}, {self.operations / self.devices:.2e} by each device"),
             ("each device receives", moved),

@@ -121,7 +121,7 @@ def load_merged(
         progress: show a bar; by default in a terminal or notebook, by the first process.
 
     Returns:
-        The merged parameters, as `jax.Array`s; or those and a report.
+        The merged parameters, with `jax.Array` leaves; or those and a report.
 
     Raises:
         CheckpointError: an input cannot be opened or read.
