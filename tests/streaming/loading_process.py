@@ -21,6 +21,7 @@ from jaxmerge.errors import CheckpointError
 from jaxmerge.trees.lazy import StackedTensor
 
 METHODS = {"linear": jm.linear(), "ties": jm.ties(0.3), "tsv_m": jm.tsv_m(0.7), "dare": jm.dare(0.4)}
+FOUR = ("linear", "ties")  # what four processes try, in one core's time
 ROWS = {".*": P("x")}
 
 
@@ -33,7 +34,7 @@ def failing_read(self: StoredTensor, box: object) -> np.ndarray:
     raise CheckpointError(f"cannot read {self.label}: the disk is broken")
 
 
-def run(rank: int, folder: Path) -> dict[str, object]:
+def run(rank: int, count: int, folder: Path) -> dict[str, object]:
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     models = {name: folder / f"{name}.safetensors" for name in ("base", "math", "code")}
     experts = [models["math"], models["code"]]
@@ -51,9 +52,13 @@ def run(rank: int, folder: Path) -> dict[str, object]:
         return "no error"
 
     for name, method in METHODS.items():
+        if count > 2 and name not in FOUR:
+            continue
         merged, report = load(method)
         answers[name] = dict(report.bytes_read)
         jm.save_checkpoint(folder / f"{name}.orbax", merged, format="orbax", metadata={"method": name})
+    if count > 2:
+        return answers
     columns = {"kernel": P(None, "x"), ".*": P("x")}
     stacked = load(METHODS["linear"], names=as_stack, partition=columns, return_report=False)
     jm.save_checkpoint(folder / "stacked.orbax", stacked, format="orbax")
@@ -80,8 +85,8 @@ def run(rank: int, folder: Path) -> dict[str, object]:
 if __name__ == "__main__":
     rank, count, port = map(int, sys.argv[1:4])
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_num_cpu_devices", 4 // count)
     jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=rank)
-    answers = run(rank, Path(sys.argv[4]))
+    answers = run(rank, count, Path(sys.argv[4]))
     Path(sys.argv[4], f"{rank}.json").write_text(json.dumps(answers))
     jax.distributed.shutdown()

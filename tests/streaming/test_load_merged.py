@@ -25,7 +25,7 @@ from jaxmerge.streaming.load_merged import load_merged
 from jaxmerge.streaming.placing import AT_ONCE
 from jaxmerge.trees.lazy import LazyTensor, StackedTensor
 from tests.methods.models import NAMES, assert_close, assert_same, make_models
-from tests.streaming.loading_process import METHODS
+from tests.streaming.loading_process import FOUR, METHODS
 
 MESHES = {
     "auto": jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto)),
@@ -361,6 +361,40 @@ def test_bad_input(models, tmp_path):
         load_merged(jm.linear(), [paths["math"], tmp_path / "other"], mesh=mesh, partition=RULES)
 
 
+def answers_of(count, folder):
+    """What so many processes answer that load together, on four devices in all."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.streaming.loading_process"]
+    children = []
+    for rank in range(count):
+        with (folder / f"{rank}.log").open("w") as log:
+            arguments = [*command, str(rank), str(count), str(port), str(folder)]
+            children.append(subprocess.Popen(arguments, stdout=log, stderr=log, cwd=ROOT))
+    try:
+        codes = [child.wait(300) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert codes == [0] * count, [(folder / f"{rank}.log").read_text()[-4000:] for rank in range(count)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def test_four_processes_load_a_model_together(tmp_path):
+    base, experts = make_models(shapes={"blocks/0/kernel": (8, 16), "blocks/1/kernel": (8, 16), "norm/scale": (16,)})
+    saved(tmp_path, base, {name: experts[name] for name in ("math", "code")})
+    answers = answers_of(4, tmp_path)
+    size = sum(x.nbytes for x in base.values())
+    assert all(set(answer["linear"].values()) == {size // 4} for answer in answers)
+    for name in FOUR:
+        method = METHODS[name]
+        found = jm.named_leaves(jm.open_checkpoint(tmp_path / f"{name}.orbax").params)
+        wanted = jm.merge(method, [experts["math"], experts["code"]], base=base, key=7)
+        assert_close({n: x[...] for n, x in found.items()}, wanted, ulps=4)
+
+
 def test_two_processes_load_a_model_together(tmp_path):
     """One launch for all scenarios: starting a process takes longer than most of them."""
     shapes = {"blocks/0/kernel": (8, 16), "blocks/1/kernel": (8, 16), "norm/scale": (16,)}
@@ -369,23 +403,7 @@ def test_two_processes_load_a_model_together(tmp_path):
     bad["norm/scale"][9] = np.nan
     saved(tmp_path, base, {"math": experts["math"], "code": experts["code"], "bad": bad})
     jm.save_checkpoint(tmp_path / "replaced.orbax", base, format="orbax")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.streaming.loading_process"]
-    children = []
-    for rank in range(2):
-        with (tmp_path / f"{rank}.log").open("w") as log:
-            arguments = [*command, str(rank), "2", str(port), str(tmp_path)]
-            children.append(subprocess.Popen(arguments, stdout=log, stderr=log, cwd=ROOT))
-    try:
-        codes = [child.wait(300) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    assert codes == [0, 0], [(tmp_path / f"{rank}.log").read_text()[-4000:] for rank in range(2)]
-    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    one, other = answers_of(2, tmp_path)
 
     size = sum(x.nbytes for x in base.values())
     names = ("the base", "expert_0", "expert_1")
