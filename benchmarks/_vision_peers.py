@@ -145,8 +145,8 @@ def adamerging(models: Models, inputs: Any, start: float, rate: float) -> Any:
     images = {task: torch.from_numpy(inputs[task]) for task in models.tasks}
     orders = [inputs[f"{task}/order"] for task in models.tasks]
     merged.train()
-    merged.merge_weights()
     with torch.enable_grad():
+        merged.merge_weights()
         for rows in zip(*orders, strict=True):
             for task, chosen in zip(models.tasks, rows, strict=True):
                 loss = entropy_loss(models.logits(merged, images[task][chosen].float(), task))

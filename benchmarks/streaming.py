@@ -279,7 +279,7 @@ def planning(folder: Path, count: int) -> dict[str, Any]:
             with catalog._connection:
                 ids = {"": catalog._register(base, states[""]), name: catalog._register(expert, states[name])}
                 for tensor, (_, leaf) in paired(base, expert).items():
-                    contents = {x: hashlib.sha256(f"{x} {tensor}".encode()).hexdigest() for x in ("", name)}
+                    contents = {x: hashlib.sha256(f"{x} {tensor}".encode()).digest() for x in ("", name)}
                     catalog._store(ids, states, tensor, {name: made_up(leaf, rng)}, contents)
                 catalog._set_content(base, ids[""])
                 catalog._set_content(expert, ids[name])

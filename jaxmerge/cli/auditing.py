@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmerge.checkpoints.base import open_checkpoint
@@ -42,7 +43,10 @@ def explain_model(path: str) -> None:
         )
     )
     if run.copied is not None:
-        rows.append(("copied", f"{len(run.copied.tensors)} tensors, from {run.copied.path} (id {run.copied.id})"))
+        count = sum(map(len, run.copied.blocks.values()))
+        blocks = f" and {count} blocks of {len(run.copied.blocks)} others" if count else ""
+        copied = f"{len(run.copied.tensors)} tensors{blocks}, from {run.copied.path} (id {run.copied.id})"
+        rows.append(("copied", copied))
     rows.append(("finished", run.finished))
     rows.append(("made with", ", ".join(f"{name} {version}" for name, version in run.versions.items())))
     rows += [] if plan is None else plan.rows()
@@ -80,7 +84,12 @@ def explain_tensor(path: str, tensor: str) -> None:
         print(f"it was copied from {copied.path} (id {copied.id}){there}, since it was made in the same way there:")
         print("method and coefficients for this tensor, dtype, libraries, and the tensors that went in are the same")
         return
-    if copied is not None:
+    if copied is not None and kept in copied.blocks:
+        blocks = copied.blocks[kept]
+        print(f"{len(blocks)} of its {len(found.blocks)} blocks were copied from {copied.path} (id {copied.id}), since")
+        print("nothing that they depend on has changed there; merged again were the blocks", end=" ")
+        print(_runs(sorted({*range(len(found.blocks))}.difference(blocks))))
+    elif copied is not None:
         print(f"it was merged: in {copied.path} nothing was made in the same way from the same tensors")
     if plan is None:
         print("all of it was read from each expert")
@@ -176,3 +185,14 @@ def _tied_to(manifest: Manifest, kept: str) -> list[str]:
 def _share(plan: AccessPlan, expert: str, tensor: str) -> str:
     chosen = plan.chosen[expert][tensor]
     return f"{int(chosen.sum())} of {len(chosen)} blocks ({chosen.mean():.1%})"
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, such as `3, 7 to 9`."""
+    ends: list[list[int]] = []
+    for number in numbers:
+        if ends and ends[-1][1] == number - 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in ends)

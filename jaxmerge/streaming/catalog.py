@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import sqlite3
@@ -30,6 +29,7 @@ from jaxmerge.checkpoints.writer import save_checkpoint
 from jaxmerge.errors import CheckpointError, RecipeError
 from jaxmerge.methods.lazy import CHUNK
 from jaxmerge.streaming.catalog_file import checksum, magnitudes_of, open_file, quantile_row_of, row_of, statistics_of
+from jaxmerge.streaming.content import ContentHash, together
 from jaxmerge.streaming.fingerprint import Fingerprint, digest, fingerprint
 from jaxmerge.streaming.progress import Progress, showing
 from jaxmerge.streaming.sizes import format_bytes, parse_bytes
@@ -279,8 +279,8 @@ class Catalog:
             known = [row["content"] for row in found if row["content"] == self._content(checkpoint, row["id"], state)]
         return known[0] if known else None
 
-    def tensor_contents(self, checkpoint: Checkpoint, state: Fingerprint) -> dict[str, str]:
-        """What is known of the content of a checkpoint's tensors: name → hash; tied ones by any of their names.
+    def tensor_contents(self, checkpoint: Checkpoint, state: Fingerprint) -> dict[str, bytes]:
+        """What is known of a checkpoint's tensors: name → hashes of its blocks; tied ones by any of their names.
 
         Args:
             checkpoint: an opened checkpoint.
@@ -291,11 +291,17 @@ class Catalog:
         """
         with self._lock, self._reporting():
             rows = self._rows(
-                """SELECT tensors.name, tensors.content, tensors.fingerprint FROM tensors JOIN models
+                """SELECT tensors.name, tensors.content, tensors.fingerprint, tensors.blocks FROM tensors JOIN models
                 ON models.id = model WHERE models.path = ? AND tensors.content NOT NULL""",
                 (_place(checkpoint),),
             )
-        return {row["name"]: row["content"] for row in rows if row["fingerprint"] == state.tensors.get(row["name"])}
+        return {
+            row["name"]: row["blocks"]
+            for row in rows
+            if row["fingerprint"] == state.tensors.get(row["name"])
+            and isinstance(row["blocks"], bytes)
+            and row["content"] == together(row["blocks"])
+        }
 
     def gram(self, base: ModelSource, experts: Sequence[ModelSource]) -> Float[np.ndarray, "K K"]:
         r"""Inner products of task vectors. Nothing is read.
@@ -467,11 +473,11 @@ class Catalog:
             display.say(f"statistics of {len(experts)} experts are gathered first: {format_bytes(total)} to read")
             display.begin("gathering statistics", total)
 
-        def read(item: _Work) -> tuple[_Work, dict[str, BlockStatistics], dict[str, str]]:
-            hashes = {name: hashlib.sha256() for name in item.hashed}
+        def read(item: _Work) -> tuple[_Work, dict[str, BlockStatistics], dict[str, bytes]]:
+            hashes = {name: ContentHash() for name in item.hashed}
             with jax.enable_x64(True):  # for this thread
                 found = measure(item.name, item.base, item.experts, item.block, hashes)
-            return item, found, {name: x.hexdigest() for name, x in hashes.items()}
+            return item, found, {name: x.blocks() for name, x in hashes.items()}
 
         # Parts of an Orbax chunk come from the last chunks that were decoded, which threads would take from each other.
         one = any(model.format == "orbax" for model in models.values())
@@ -516,12 +522,12 @@ class Catalog:
             ids = {"": self._register(base, states[""]), "expert": self._register(expert, states["expert"])}
             for name, (one, other) in paired(base, expert).items():
                 x = watched[name]
-                if x.content is None or x.base is not one:
+                if x.blocks is None or x.base_blocks is None or x.base is not one:
                     continue
                 found: dict[str, BlockStatistics] = {}
                 if x.statistics is not None and x.block == default_block(other, block_bytes):
                     found["expert"] = x.statistics
-                self._store(ids, states, name, found, {"": x.base_content, "expert": x.content})
+                self._store(ids, states, name, found, {"": x.base_blocks, "expert": x.blocks})
             for name, model in (("", base), ("expert", expert)):
                 self._set_content(model, ids[name])
 
@@ -590,7 +596,7 @@ class Catalog:
         gone = [(number, name) for name, found in known.items() if state.tensors.get(name) != found]
         self._connection.executemany("DELETE FROM tensors WHERE model = ? AND name = ?", gone)
         self._connection.executemany(
-            "INSERT INTO tensors VALUES (?, ?, ?, ?, ?, NULL)",
+            "INSERT INTO tensors VALUES (?, ?, ?, ?, ?, NULL, NULL)",
             [
                 (number, name, leaf.dtype.name, json.dumps(leaf.shape), state.tensors[name])
                 for name, leaf in leaves.items()
@@ -627,11 +633,11 @@ class Catalog:
         states: Mapping[str, Fingerprint],
         name: str,
         found: Mapping[str, BlockStatistics],
-        contents: Mapping[str, str],
+        contents: Mapping[str, bytes],
     ) -> None:
         self._connection.executemany(
-            "UPDATE tensors SET content = ? WHERE model = ? AND name = ?",
-            [(content, ids[model], name) for model, content in contents.items()],
+            "UPDATE tensors SET content = ?, blocks = ? WHERE model = ? AND name = ?",
+            [(together(blocks), blocks, ids[model], name) for model, blocks in contents.items()],
         )
         for expert, x in found.items():
             row = row_of(

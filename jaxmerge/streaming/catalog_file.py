@@ -67,6 +67,11 @@ _MIGRATIONS = (
     );
     DELETE FROM statistics
     """,
+    """
+    ALTER TABLE tensors ADD COLUMN blocks BLOB;
+    UPDATE tensors SET content = NULL;
+    UPDATE models SET content = NULL
+    """,
 )
 _ARRAYS = {"norms": np.float64, "largest": np.float64, "zeros": np.int64, "touched": np.int64, "sketches": np.float32}
 

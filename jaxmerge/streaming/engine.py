@@ -27,8 +27,9 @@ from jaxmerge.errors import CheckpointError
 from jaxmerge.methods.assignment import TensorTask
 from jaxmerge.methods.lazy import Chunk, MergedTensor, Reader, Search, empty_chunk, inputs, padded_size
 from jaxmerge.streaming.budgeted import read_beside_base
+from jaxmerge.streaming.content import BLOCK_BYTES
 from jaxmerge.streaming.journal import Journal
-from jaxmerge.streaming.manifest import BLOCK_BYTES, BlockHashes
+from jaxmerge.streaming.manifest import BlockHashes
 from jaxmerge.streaming.plan import Part, Plan, is_budgeted, merges_within
 from jaxmerge.streaming.processes import ALONE, Processes, as_bytes, from_bytes
 from jaxmerge.streaming.progress import Progress
@@ -290,8 +291,8 @@ def restore(
     progress: Progress,
     hashes: BlockHashes | None = None,
     journal: Journal | None = None,
-) -> tuple[set[str], dict[str, float]]:
-    """Takes over tensors whose bytes are known, from an earlier output or from the files of a killed writer.
+) -> tuple[dict[str, set[int]], dict[str, float]]:
+    """Takes over tensors and blocks whose bytes are known, from an earlier output or from the files of a killed writer.
 
     Args:
         known: the tensors.
@@ -302,14 +303,17 @@ def restore(
         journal: told what has been copied.
 
     Returns:
-        The tensors that are complete now; the others did not have the hashes that they should have. And seconds by
-        activity, summed over the workers.
+        The numbers of the blocks that are there now, by tensor; the others did not have the hashes that they should
+        have. A tensor that was known whole is there whole, or not at all. And seconds by activity, summed over the
+        workers.
     """
 
-    def take(worker: Worker, name: str) -> bool:
+    def take(worker: Worker, name: str) -> set[int]:
         spec, found = writer.specs[name], known[name]
-        step = BLOCK_BYTES // spec.dtype.itemsize
+        step, here = BLOCK_BYTES // spec.dtype.itemsize, set()
         for number, start in enumerate(range(0, spec.size, step)):
+            if not found.blocks[number]:
+                continue
             (values,) = worker.arrays(1, min(step, spec.size - start), spec.dtype)
             try:
                 with worker.timed("read"):
@@ -321,26 +325,30 @@ def restore(
                     same = hashlib.sha256(values.view(np.uint8).data).hexdigest() == found.blocks[number]
             except CheckpointError:  # it is truncated
                 same = False
-            if not same:
+            if not same and found.is_whole:
                 writer.discard(name)
-                return False
+                return set()
+            if not same:
+                continue
             if found.source is not None:
                 with worker.timed("write"):
                     writer.write(name, start, values)
+            here.add(number)
             progress.advance(values.nbytes)
         if hashes is not None:
-            hashes.take_over(name, found.blocks)
+            for number in here:
+                hashes.take_over(name, number, found.blocks[number])
         if found.source is None:
             writer.take_over(name)
-        elif journal is not None:
+        elif journal is not None and found.is_whole:
             journal.note(name, found.blocks)
-        return True
+        return here
 
-    progress.begin("taking over", sum(writer.specs[name].nbytes for name in known))
+    progress.begin("taking over", sum(found.nbytes_of(writer.specs[name]) for name, found in known.items()))
     pool = Workers(workers, BLOCK_BYTES)
     names = list(known)
     taken = pool.run(take, names)
-    return {name for name, complete in zip(names, taken, strict=True) if complete}, pool.seconds
+    return dict(zip(names, taken, strict=True)), pool.seconds
 
 
 def stream(

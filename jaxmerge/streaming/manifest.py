@@ -36,6 +36,7 @@ from jaxmerge.methods.coefficients import ByDepth, Table
 from jaxmerge.methods.method import Method
 from jaxmerge.methods.stages import Stage
 from jaxmerge.streaming.budget import AccessPlan
+from jaxmerge.streaming.content import BLOCK_BYTES, together
 from jaxmerge.streaming.fingerprint import digest, fingerprint
 from jaxmerge.trees.info import Rules
 from jaxmerge.trees.lazy import LazyTensor
@@ -43,10 +44,6 @@ from jaxmerge.trees.paths import named_leaves
 
 MANIFEST = "jaxmerge.json"
 """What the file is called."""
-
-BLOCK_BYTES = 1 << 20
-"""Bytes of a tensor that are hashed together: few enough to tell where it was damaged, and no more than are written at
-once, unless memory is short."""
 
 _VERSION = 1
 _LARGEST = 1 << 30  # no manifest comes near: this is what 16 TiB of tensors need
@@ -143,12 +140,14 @@ class Copied:
     Attributes:
         path: that output, as it was given.
         id: of its manifest.
-        tensors: name → its name there.
+        tensors: those that were copied whole: name → its name there.
+        blocks: those that were copied in part: name → the numbers of the blocks; the others were merged.
     """
 
     path: str
     id: str
     tensors: dict[str, str]
+    blocks: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +160,8 @@ class Run:
         memory_budget: bytes. With another one, sums may be taken in another order.
         bytes_read: bytes fetched from each checkpoint, by name.
         recipe: text of the recipe, where there was one.
-        keys: tensor → its keys (`jaxmerge.streaming.reuse`), by which a later merge knows that it would be the same.
+        keys: tensor → its keys (`jaxmerge.streaming.keys`), by which a later merge knows that it would be the same.
+        block_keys: tensor → the keys of its blocks, where these depend on less than all of it.
         copied: what was copied from an earlier output; None without one.
     """
 
@@ -172,6 +172,7 @@ class Run:
     recipe: str | None = None
     keys: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     copied: Copied | None = None
+    block_keys: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +231,9 @@ class BlockHashes:
             del self._waiting[name, number]
         self._hashes[name][number] = hashlib.sha256(block).hexdigest()
 
-    def take_over(self, name: str, blocks: tuple[str, ...]) -> None:
-        """Takes the hashes of a tensor that is not given, because its bytes are there and have been hashed."""
-        self._hashes[name] = list(blocks)
+    def take_over(self, name: str, number: int, sha256: str) -> None:
+        """Takes the hash of a block that is not given, because its bytes are there and have been hashed."""
+        self._hashes[name][number] = sha256
 
     def found(self) -> dict[str, dict[int, str]]:
         """The hashes of the blocks that were given so far, by tensor and number."""
@@ -265,7 +266,7 @@ class BlockHashes:
     def tensors(self) -> dict[str, TensorHash]:
         """The hashes, when every entry has been given."""
         return {
-            name: TensorHash(spec.dtype.name, spec.shape, self.blocks(name), _together(self._hashes[name]))
+            name: TensorHash(spec.dtype.name, spec.shape, self.blocks(name), _of_blocks(self.blocks(name)))
             for name, spec in self._specs.items()
         }
 
@@ -340,6 +341,7 @@ def write_manifest(
     recipe: str | None = None,
     io_plan: AccessPlan | None = None,
     keys: Mapping[str, tuple[str, ...]] = types.MappingProxyType({}),
+    block_keys: Mapping[str, tuple[str, ...]] = types.MappingProxyType({}),
     copied: Copied | None = None,
 ) -> str:
     """Writes the manifest of a folder that is about to be published, and makes it durable.
@@ -353,6 +355,7 @@ def write_manifest(
         recipe: text of the recipe.
         io_plan: the access plan of a merge within an I/O budget.
         keys: the keys of the tensors.
+        block_keys: the keys of the blocks of some of them.
         copied: what was copied from an earlier output.
 
     Returns:
@@ -365,7 +368,7 @@ def write_manifest(
         merge = dataclasses.replace(merge, plan=io_plan.digest)
     hashed = {"version": _VERSION, "merge": dataclasses.asdict(merge), "output": dataclasses.asdict(output)}
     finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    run = Run(versions(), finished, memory_budget, dict(bytes_read), recipe, dict(keys), copied)
+    run = Run(versions(), finished, memory_budget, dict(bytes_read), recipe, dict(keys), copied, dict(block_keys))
     found = digest(hashed)
     told = {
         "id": found,
@@ -575,7 +578,7 @@ def _check(manifest: Manifest) -> None:
     for name, tensor in output.tensors.items():
         if min(tensor.shape, default=0) < 0 or len(tensor.blocks) != -(-tensor.nbytes // output.block_bytes):
             raise ValueError(f"{name} has {len(tensor.blocks)} blocks")
-        if tensor.sha256 != _together(tensor.blocks):
+        if tensor.sha256 != _of_blocks(tensor.blocks):
             raise ValueError(f"{name} has another hash than its blocks")
     if missing := [name for name in output.tied.values() if name not in output.tensors]:
         raise ValueError(f"{missing[0]} is tied, and not there")
@@ -608,8 +611,8 @@ def _where(blocks: tuple[int, ...], leaf: LazyTensor, expected: TensorHash, bloc
     )
 
 
-def _together(blocks: Iterable[str]) -> str:
-    return hashlib.sha256(b"".join(map(bytes.fromhex, blocks))).hexdigest()
+def _of_blocks(blocks: Iterable[str]) -> str:
+    return together(bytes.fromhex("".join(blocks)))
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ work at the same time fit into the budget together; a part that fits only alone 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import os
@@ -18,6 +19,7 @@ from jaxmerge.errors import BudgetError
 from jaxmerge.methods.lazy import CHUNK, MergedTensor, padded_size
 from jaxmerge.streaming.budget import AccessPlan
 from jaxmerge.streaming.budgeted import BudgetedTensor, bytes_to_fetch
+from jaxmerge.streaming.content import BLOCK_BYTES
 from jaxmerge.streaming.sizes import format_bytes
 from jaxmerge.trees.lazy import ArrayTensor, CastTensor, LazyTensor, SlicedTensor, StackedTensor
 
@@ -74,11 +76,19 @@ class Plan:
     to_write: int
     io_plan: AccessPlan | None = None
 
-    def without(self, names: Collection[str]) -> Plan:
-        """The plan for the other tensors. Nothing else changes, chunks above all: sums are taken as they were."""
-        if not names:
+    def without(self, done: Mapping[str, Collection[int]]) -> Plan:
+        """The plan for what is left. Nothing else changes, chunks above all: sums are taken as they were.
+
+        Args:
+            done: the numbers of the blocks that are there already, by tensor: all blocks of a tensor, or some if each
+                of its entries can be merged without the others.
+        """
+        if not any(done.values()):
             return self
-        shared, alone = ([part for part in parts if part.name not in names] for parts in (self.shared, self.alone))
+        shared, alone = (
+            [rest for part in parts for rest in _left_of(part, done.get(part.name, ()))]
+            for parts in (self.shared, self.alone)
+        )
         parts = (*shared, *alone)
         to_write = sum((part.stop - part.start) * part.dtype.itemsize for part in parts)
         return dataclasses.replace(self, shared=shared, alone=alone, to_read=_parts_to_read(parts), to_write=to_write)
@@ -242,8 +252,27 @@ def _reading(leaf: LazyTensor, n: int) -> int:
     return max((2 * n * source.dtype.itemsize + _reading(source, n) for source in _sources(leaf)), default=0)
 
 
+def _left_of(part: Part, done: Collection[int]) -> list[Part]:
+    """The runs of a part that are in none of the blocks that are done."""
+    if not done:
+        return [part]
+    step, left = BLOCK_BYTES // part.dtype.itemsize, []
+    for block in range((part.at + part.start) // step, -(-(part.at + part.stop) // step)):
+        start, stop = max(block * step - part.at, part.start), min((block + 1) * step - part.at, part.stop)
+        if block not in done:
+            if left and left[-1].stop == start:
+                start = left.pop().start
+            left.append(dataclasses.replace(part, start=start, stop=stop))
+    return left
+
+
 def _parts_to_read(parts: Sequence[Part]) -> int:
-    return sum(_to_read(leaf, keep) for leaf, keep in {part.leaf: part.keep for part in parts}.items())
+    """Bytes that must be read for parts; where only some of a tensor are among them, its share."""
+    entries, kept = collections.Counter(), {}
+    for part in parts:
+        entries[part.leaf] += part.stop - part.start
+        kept[part.leaf] = part.keep
+    return sum(_to_read(leaf, kept[leaf]) * n // leaf.size for leaf, n in entries.items())
 
 
 def _to_read(leaf: LazyTensor, keep: bool) -> int:

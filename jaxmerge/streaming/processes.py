@@ -34,9 +34,9 @@ from jaxmerge.checkpoints.publish import as_checkpoint_error
 from jaxmerge.checkpoints.writer import CheckpointWriter
 from jaxmerge.errors import CheckpointError, MergeError, RecipeError
 from jaxmerge.streaming.fingerprint import digest
+from jaxmerge.streaming.keys import Keys
 from jaxmerge.streaming.manifest import BlockHashes
 from jaxmerge.streaming.progress import Progress
-from jaxmerge.streaming.reuse import Keys
 from jaxmerge.trees.paths import named_leaves
 
 JOIN_SECONDS = 300.0
@@ -499,15 +499,15 @@ def keys_of_first(together: Processes, make: Callable[[], Keys]) -> Keys:
     """The keys of tensors as process 0 has them, which alone asks a catalog."""
     if together.count == 1:
         return make()
-    told = json.loads(together.from_first("keys", lambda: json.dumps(dict(make())).encode()))
-    return {name: tuple(keys) for name, keys in told.items()}
+    told = json.loads(together.from_first("keys", lambda: json.dumps([dict(x) for x in make()]).encode()))
+    return Keys(*({name: tuple(keys) for name, keys in of_one_kind.items()} for of_one_kind in told))
 
 
-def everywhere(together: Processes, names: Collection[str]) -> set[str]:
-    """The names that any process gives."""
-    return {
-        name for told in together.exchange("names", json.dumps(sorted(names)).encode()) for name in json.loads(told)
-    }
+def everywhere(together: Processes, here: Mapping[str, Collection[int]]) -> dict[str, set[int]]:
+    """The blocks that the processes have, by tensor; each tensor is given by one of them."""
+    data = json.dumps({name: sorted(blocks) for name, blocks in here.items()}).encode()
+    everyone = [json.loads(told) for told in together.exchange("blocks", data)]
+    return {name: set(blocks) for told in everyone for name, blocks in told.items()}
 
 
 @dataclasses.dataclass(frozen=True)

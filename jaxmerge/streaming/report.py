@@ -39,6 +39,7 @@ class StreamReport:
         bytes_analysed: bytes read before that, from each checkpoint by name, for statistics that no catalog had.
         resumed: how many tensors a killed run had written; they were read back, and not counted in `bytes_written`.
         reused: how many tensors were copied from an earlier output.
+        reused_blocks: how many blocks of other tensors, of which the rest was merged.
         processes: how many processes shared the work. Bytes, seconds of workers and their number are those of all
             together, memory is that of the one with the most, and phases are as process 0 saw them.
     """
@@ -57,6 +58,7 @@ class StreamReport:
     bytes_analysed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     resumed: int = 0
     reused: int = 0
+    reused_blocks: int = 0
     processes: int = 1
 
     def rows(self) -> list[tuple[str, str]]:
@@ -70,7 +72,7 @@ class StreamReport:
         return [
             ("tensors", f"{self.merged} merged, {self.tensors - self.merged} copied"),
             *([("taken over from a killed run", f"{self.resumed} tensors")] if self.resumed else []),
-            *([("copied from an earlier output", f"{self.reused} tensors")] if self.reused else []),
+            *([("copied from an earlier output", self._copied())] if self.reused or self.reused_blocks else []),
             *([("read before, for statistics", format_bytes(analysed))] if analysed else []),
             *((f"read from {name}", format_bytes(n) + planned.get(name, "")) for name, n in self.bytes_read.items()),
             *([] if plan is None else [row for row in plan.rows() if not row[0].startswith("planned from")]),
@@ -80,6 +82,10 @@ class StreamReport:
             ("memory planned", format_bytes(self.memory_planned)),
             ("peak memory of the process", format_bytes(self.memory_peak)),
         ]
+
+    def _copied(self) -> str:
+        blocks = f" and {self.reused_blocks} blocks of others" if self.reused_blocks else ""
+        return f"{self.reused} tensors{blocks}"
 
     def __str__(self) -> str:
         from rich.console import Console

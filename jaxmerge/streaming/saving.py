@@ -11,7 +11,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,11 +27,12 @@ from jaxmerge.methods.lazy import as_lazy
 from jaxmerge.streaming.access import BASE
 from jaxmerge.streaming.budget import AccessPlan
 from jaxmerge.streaming.catalog import Catalog
+from jaxmerge.streaming.content import BLOCK_BYTES
 from jaxmerge.streaming.engine import restore, stream
 from jaxmerge.streaming.fingerprint import digest, fingerprint
 from jaxmerge.streaming.journal import Journal
+from jaxmerge.streaming.keys import Keys, output_keys
 from jaxmerge.streaming.manifest import (
-    BLOCK_BYTES,
     MANIFEST,
     BlockHashes,
     Copied,
@@ -56,7 +57,7 @@ from jaxmerge.streaming.processes import (
 )
 from jaxmerge.streaming.progress import Progress, showing
 from jaxmerge.streaming.report import StreamReport, peak_memory
-from jaxmerge.streaming.reuse import Keys, Known, Previous, tensor_keys
+from jaxmerge.streaming.reuse import Known, Previous
 from jaxmerge.streaming.sizes import format_bytes, parse_bytes
 from jaxmerge.trees.lazy import LazyTensor
 from jaxmerge.trees.paths import Params, named_leaves
@@ -173,9 +174,9 @@ def saved(
     specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
     together.agree(lambda: _facts_of_output(target, specs, sources, budget, context.about is not None))
     plan = make_plan(tensors, budget, fewest_cores(together))
-    keys: Keys = {}
+    keys = Keys({}, {})
     if context.about is not None or context.previous is not None:
-        keys = keys_of_first(together, lambda: tensor_keys(tensors, sources, context.catalog, plan.chunk))
+        keys = keys_of_first(together, lambda: output_keys(tensors, sources, context.catalog, plan.chunk))
     copied = {} if context.previous is None else context.previous.find(keys)
     hashes, journal = None, None
     if context.about is not None:
@@ -215,9 +216,9 @@ def saved(
             finished: dict[str, Known] = {}
             if journal is not None:
                 journal.begin(writer)
-                finished = {name: Known(blocks) for name, blocks in journal.finished.items() if name in keys}
+                finished = {name: Known(blocks) for name, blocks in journal.finished.items() if name in keys.tensors}
             known = {**copied, **finished}
-            here: set[str] = set()
+            here: dict[str, set[int]] = {}
             seconds: dict[str, float] = {}
             if known:
                 _say_known(display, known, tensors, context.previous)
@@ -236,7 +237,9 @@ def saved(
             streamed = time.perf_counter()
             read = {name: source.bytes_read - already_read[name] for name, source in sources.items()}
             done = gathered(together, writer, hashes, Done(read, worker_seconds, plan.workers, peak_memory()))
-            from_previous = {name: copied[name].name for name in sorted(here) if name not in finished}
+            whole = {name for name, blocks in here.items() if len(blocks) == len(known[name].blocks)}
+            from_previous = {name: copied[name].name for name in sorted(whole) if name not in finished}
+            blocks = {name: tuple(sorted(found)) for name, found in here.items() if found and name not in whole}
             if context.access is not None and together.index == 0:
                 _check_fetched(context.access, sources, done.bytes_read)
             if context.about is not None and hashes is not None and together.index == 0:
@@ -250,11 +253,12 @@ def saved(
                     bytes_read=done.bytes_read,
                     recipe=context.recipe,
                     io_plan=context.access,
-                    keys=keys,
-                    copied=Copied(earlier.path, earlier.manifest.id, from_previous) if earlier else None,
+                    keys=keys.tensors,
+                    block_keys=keys.blocks,
+                    copied=Copied(earlier.path, earlier.manifest.id, from_previous, blocks) if earlier else None,
                 )
         published = time.perf_counter()
-    resumed = [name for name in here if name in finished]
+    resumed = [name for name in whole if name in finished]
     done = done_by_all(together, done)
     return StreamReport(
         path=writer.path,
@@ -269,6 +273,7 @@ def saved(
         memory_peak=done.memory_peak,
         resumed=len(resumed),
         reused=len(from_previous),
+        reused_blocks=sum(map(len, blocks.values())),
         processes=together.count,
     )
 
@@ -303,11 +308,11 @@ def _facts_of_output(
 
 def _journal(about: Merge, access: AccessPlan | None, keys: Keys) -> Journal | None:
     """The journal of a merge; None if nothing tells whether the inputs of a tensor are the same in a later run."""
-    if not keys:
+    if not keys.tensors:
         return None
     plan = None if access is None else access.digest
     # The first key tells inputs by their files, whatever a catalog has learnt meanwhile.
-    first = {name: found[0] for name, found in keys.items()}
+    first = {name: found[0] for name, found in keys.tensors.items()}
     return Journal(digest([dataclasses.asdict(about), plan, first, BLOCK_BYTES]))
 
 
@@ -317,16 +322,23 @@ def _say_known(
     """Tells what is taken over instead of being merged."""
     copied = "" if previous is None else f"copied from {previous.path}"
     for from_previous, text in ((True, copied), (False, "here from a run that was killed")):
-        names = [name for name, found in known.items() if (found.source is not None) == from_previous]
-        if names:
-            size = format_bytes(sum(tensors[name].nbytes for name in names))
-            display.say(f"{len(names)} tensors ({size}) are {text}")
+        here = {name: found for name, found in known.items() if (found.source is not None) == from_previous}
+        if here:
+            specs = {name: TensorSpec(name, tensors[name].dtype, tensors[name].shape) for name in here}
+            size = format_bytes(sum(found.nbytes_of(specs[name]) for name, found in here.items()))
+            parts = sum(not found.is_whole for found in here.values())
+            of_these = f", {parts} of them in part" if parts else ""
+            display.say(f"{len(here)} tensors ({size}) are {text}{of_these}")
 
 
 def _warn_damaged(
-    copied: Mapping[str, Known], finished: Mapping[str, Known], here: Collection[str], previous: Previous | None
+    copied: Mapping[str, Known], finished: Mapping[str, Known], here: Mapping[str, set[int]], previous: Previous | None
 ) -> None:
-    damaged = [found.name for name, found in copied.items() if name not in here and name not in finished]
+    damaged = [
+        found.name
+        for name, found in copied.items()
+        if name not in finished and len(here.get(name, ())) < sum(map(bool, found.blocks))
+    ]
     if damaged and previous is not None:
         more = "" if len(damaged) == 1 else f" and {len(damaged) - 1} more tensors"
         warnings.warn(

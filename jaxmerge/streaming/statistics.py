@@ -22,6 +22,7 @@ from jaxmerge.checkpoints.stored import StoredTensor
 from jaxmerge.checkpoints.stores import FileSource, KvSource
 from jaxmerge.errors import BudgetError, NonFiniteError
 from jaxmerge.methods.lazy import CHUNK, padded_size
+from jaxmerge.streaming.content import ContentHash
 from jaxmerge.trees.checks import is_mergeable
 from jaxmerge.trees.lazy import CastTensor, LazyTensor
 
@@ -125,7 +126,7 @@ def smallest_read(tensor: LazyTensor) -> int:
 
 
 def measure(
-    name: str, base: LazyTensor, experts: Mapping[str, LazyTensor], block: int, hashes: Mapping[str, Any]
+    name: str, base: LazyTensor, experts: Mapping[str, LazyTensor], block: int, hashes: Mapping[str, ContentHash]
 ) -> dict[str, BlockStatistics]:
     """Reads a tensor of a base and of experts once, in order.
 
@@ -151,7 +152,7 @@ def measure(
             source.read_flat(at, buffers[key][:n])
             buffers[key][n:] = np.zeros((), source.dtype)
             if key in hashes:
-                hashes[key].update(buffers[key][:n].view(np.uint8).data)
+                hashes[key].update(buffers[key][:n].view(np.uint8))
         for key, tally in tallies.items():
             tally.add(at, n, buffers[""], buffers[key], f"expert {key!r}")
     return {key: tally.statistics() for key, tally in tallies.items()}

@@ -168,14 +168,21 @@ class SlicedTensor(LazyTensor):
     def read_flat(self, start: int, out: np.ndarray) -> None:
         if out.size == 0:
             return
+        first = self.first
+        if first is None:
+            super().read_flat(start, out)
+        else:
+            self.source.read_flat(first + start, out)
+
+    @property
+    def first(self) -> int | None:
+        """Where in the flattened source the tensor begins, if it is one run of it; else None."""
         # A run of whole rows (one layer of a stack, say) is a run of the source too.
         whole = [n == piece.stop - piece.start for n, piece in zip(self.source.shape, self.box, strict=True)]
         cut = whole.index(False) if False in whole else 0
-        if all(piece.stop - piece.start == 1 for piece in self.box[:cut]) and all(whole[cut + 1 :]):
-            first = np.ravel_multi_index([piece.start for piece in self.box], self.source.shape) if self.box else 0
-            self.source.read_flat(int(first) + start, out)
-        else:
-            super().read_flat(start, out)
+        if not all(piece.stop - piece.start == 1 for piece in self.box[:cut]) or not all(whole[cut + 1 :]):
+            return None
+        return int(np.ravel_multi_index([piece.start for piece in self.box], self.source.shape)) if self.box else 0
 
 
 class StackedTensor(LazyTensor):

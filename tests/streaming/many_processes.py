@@ -29,6 +29,9 @@ CALLS: dict[str, tuple[jm.Method, dict[str, Any]]] = {
     "dare.safetensors": (jm.dare(0.5), {"key": 1}),
     "within": (TIES, {"io_budget": "50%", "catalog": "catalog"}),
     "again": (TIES, {"format": "orbax", "reuse": "ties"}),
+    # The other model differs in one entry.
+    "before": (jm.linear(), {"io_budget": "100%", "catalog": "catalog", "experts": EXPERTS | {"a": "models/moved"}}),
+    "blocks": (jm.linear(), {"catalog": "catalog", "reuse": "before"}),
 }
 
 LAST: dict[str, Any] = {"method": jm.linear(), "overwrite": True}
@@ -56,7 +59,8 @@ def answer(work: Callable[[], Any]) -> Any:
         return [type(error).__name__, str(error)]
     if not hasattr(report, "bytes_read"):
         return report
-    told = {name: getattr(report, name) for name in ("bytes_read", "bytes_written", "reused", "processes", "workers")}
+    names = ("bytes_read", "bytes_written", "reused", "reused_blocks", "processes", "workers")
+    told = {name: getattr(report, name) for name in names}
     planned = None if report.io_plan is None else dict(report.io_plan.planned)
     return told | {"path": str(report.path), "planned": planned}
 

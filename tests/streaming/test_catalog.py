@@ -452,16 +452,21 @@ def test_quantiles_hold_the_cut(tmp_path: Path) -> None:
         catalog.quantiles(base, experts[0], shares)
 
 
-def test_a_catalog_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_catalog_of_an_earlier_version_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
     base, experts = make_models(tmp_path)
     path = tmp_path / "models.catalog"
     with open_catalog(path) as catalog:
         catalog.add(base, experts)
     with sqlite3.connect(path) as file:
-        file.execute("DROP TABLE quantiles")
-        file.execute("PRAGMA user_version = 1")
+        file.execute("ALTER TABLE tensors DROP COLUMN blocks")
+        if version == 1:
+            file.execute("DROP TABLE quantiles")
+        file.execute(f"PRAGMA user_version = {version}")
     with open_catalog(path) as catalog:
-        assert len(catalog.list()) == 3 and known(catalog, base, experts[0]) is None  # to be gathered again
+        assert len(catalog.list()) == 3 and content(catalog, base) is None  # to be read again
+        assert (known(catalog, base, experts[0]) is None) == (version == 1)
         read = catalog.add(base, experts)
         assert read["expert_0"] > 0 and known(catalog, base, experts[0]) is not None
         assert catalog.quantiles(base, experts[0], [0.5]).shape == (1, 2)
+        assert content(catalog, base) is not None

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of models, and what one process makes of them."""
-    folder, rng = tmp_path_factory.mktemp("processes"), np.random.default_rng(0)
+    folder, rng, models = tmp_path_factory.mktemp("processes"), np.random.default_rng(0), {}
     for name in ("base", "a", "b", "nan"):
         tied = rng.normal(size=(300, 700)).astype(ml_dtypes.bfloat16)
         params = {f"layers.{i}.w": rng.normal(size=(600, 1000 + i)).astype(np.float32) for i in range(2)}
@@ -44,6 +44,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         if name == "nan":
             params["layers.1.w"][-1, -1] = np.nan
+        models[name] = params
+    moved = models["a"]["layers.0.w"].copy()
+    moved[300, 0] += 1
+    models["moved"] = models["a"] | {"layers.0.w": moved}
+    for name, params in models.items():
         jm.save_checkpoint(folder / "models" / name, params, side_files={"config.json": b"{}"})
     (folder / "recipe.yml").write_text(many_processes.RECIPE)
     return folder
@@ -112,6 +117,7 @@ def test_processes_together_do_what_one_does(models: Path, alone: dict[str, Any]
             assert load_manifest(tmp_path / name).id == load_manifest(models / "alone" / name).id
         assert reports[0]["bytes_written"] == expected["bytes_written"]
         assert reports[0]["reused"] == expected["reused"]
+        assert reports[0]["reused_blocks"] == expected["reused_blocks"]
         read, planned = reports[0]["bytes_read"], reports[0]["planned"]
         if planned is not None:
             assert all(read[expert] <= planned[expert] for expert in planned)
@@ -133,7 +139,7 @@ def test_processes_together_do_what_one_does(models: Path, alone: dict[str, Any]
     outputs = {"example", "command", *calls}
     if count == 2:
         outputs |= {"own-0.safetensors", "own-1.safetensors", "catalog", "one-called"}
-        assert alone["again"]["reused"] > 0
+        assert alone["again"]["reused"] > 0 and alone["blocks"]["reused_blocks"] == 2
         assert "RecipeError: process 1 of" in (message := failed("differs")) and "the method" in message
         assert "CheckpointError: process 1 of" in (message := failed("missing")) and "models/nowhere" in message
         assert "CheckpointError: process 1 of" in (message := failed("elsewhere")) and "all hosts share" in message

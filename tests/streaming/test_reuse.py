@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import jaxmerge as jm
 from jaxmerge.cli.main import main
 from jaxmerge.streaming.catalog import Catalog, open_catalog
+from jaxmerge.streaming.keys import output_keys
 from jaxmerge.streaming.manifest import load_manifest, verify_checkpoint
-from jaxmerge.streaming.reuse import tensor_keys
 
 LAYERS = tuple(f"layers.{i}.w" for i in range(4))
 NAMES = (*LAYERS, "embed")
@@ -182,11 +182,11 @@ def test_how_a_tensor_is_cut_counts_where_sums_are_taken(family: Family) -> None
         base, *experts = (source.params for source in sources.values())
         for method, counts in ((jm.model_stock(), True), (jm.linear(), False)):
             merged = jm.named_leaves(jm.merge(method, experts, base=base))
-            one, other = (tensor_keys(merged, sources, None, chunk) for chunk in (1 << 14, 1 << 19))
+            one, other = (output_keys(merged, sources, None, chunk).tensors for chunk in (1 << 14, 1 << 19))
             assert one.keys() == {*NAMES, "positions"}
             assert {name for name in NAMES if one[name] != other[name]} == (set(NAMES) if counts else set())
         in_memory = jm.merge(jm.linear(), [*experts, family.trees["a"]])
-        assert tensor_keys(jm.named_leaves(in_memory), sources, None, 1 << 19) == {}
+        assert output_keys(jm.named_leaves(in_memory), sources, None, 1 << 19) == ({}, {})
 
 
 def test_within_a_budget_what_was_chosen_counts(family: Family) -> None:
