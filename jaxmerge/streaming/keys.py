@@ -107,11 +107,9 @@ def _block_keys(tensor: LazyTensor, runs: _Runs, around: Mapping[str, Any]) -> t
         return ()
     prefix = digest([around, tensor.dtype.name, list(tensor.shape)]).encode()
     starts = range(0, tensor.size, step)
-    found = (runs.run(tensor, start, min(start + step, tensor.size)) for start in starts)
-    return tuple(
-        hashlib.sha256(prefix + struct.pack("<Q", start) + run).hexdigest()[:_KEY_LETTERS]
-        for start, run in zip(starts, found, strict=True)
-    )
+    run = runs.of(tensor)
+    told = (b"%s:%d:%s" % (prefix, start, run(start, min(start + step, tensor.size))) for start in starts)
+    return tuple(hashlib.sha256(x).hexdigest()[:_KEY_LETTERS] for x in told)
 
 
 class _UnknownError(Exception):
@@ -173,13 +171,16 @@ class _Descriptions:
         return [_method_as_data(task, count), *inputs]
 
 
+_Run = Callable[[int, int], bytes]
+"""Tells what the entries `start … stop` of a flattened tensor depend on: where it tells the same, they are the same."""
+
+
 class _Runs:
-    """What runs of tensors depend on, as bytes: where these are equal, so are the entries."""
+    """What runs of tensors depend on, as bytes. Each tensor is looked at once, since it has many blocks."""
 
     def __init__(self, blocks: Mapping[int, bytes], described: _Descriptions):
         self._blocks, self._described = blocks, described
-        self._methods: dict[tuple[int, int | None], bytes] = {}
-        self._wholes: dict[int, bytes] = {}
+        self._known: dict[int, _Run] = {}
 
     def tell(self, leaf: LazyTensor) -> bool:
         """Whether the runs of a tensor depend on less than all of it."""
@@ -192,51 +193,95 @@ class _Runs:
         for source in _run_sources(leaf):
             yield from self._has_blocks(source)
 
-    def run(self, leaf: LazyTensor, start: int, stop: int) -> bytes:
-        """What the entries `start … stop` of a flattened tensor depend on."""
-        hashes = self._blocks.get(id(leaf))
-        if hashes is not None:
-            step = BLOCK_BYTES // leaf.dtype.itemsize
-            first, last = start // step, -(-stop // step)
-            place = f"{leaf.dtype.name}:{start - first * step}:{stop - start}:".encode()
-            return place + hashes[DIGEST_BYTES * first : DIGEST_BYTES * last]
+    def of(self, leaf: LazyTensor) -> _Run:
+        """What tells of a tensor's runs.
+
+        Raises:
+            RecipeError, _UnknownError: nothing can be told of it.
+        """
+        if id(leaf) not in self._known:
+            self._known[id(leaf)] = self._made(leaf)
+        return self._known[id(leaf)]
+
+    def _made(self, leaf: LazyTensor) -> _Run:
+        if id(leaf) in self._blocks:
+            return _run_of_blocks(leaf, self._blocks[id(leaf)])
         match leaf:
             case MergedTensor():
-                return self._merged(leaf, start, stop)
+                return self._merged(leaf)
             case CastTensor():
-                return f"cast {leaf.dtype.name}:".encode() + self.run(leaf.source, start, stop)
+                cast, source = f"cast {leaf.dtype.name}:".encode(), self.of(leaf.source)
+                return lambda start, stop: cast + source(start, stop)
             case SlicedTensor() if leaf.first is not None:
-                return self.run(leaf.source, leaf.first + start, leaf.first + stop)
+                first, source = leaf.first, self.of(leaf.source)
+                return lambda start, stop: source(first + start, first + stop)
             case StackedTensor():
-                each = leaf.sources[0].size
-                layers = range(start // each, -(-stop // each))
-                bounds = [(max(start - i * each, 0), min(stop - i * each, each)) for i in layers]
-                return _joined(self.run(leaf.sources[i], *ends) for i, ends in zip(layers, bounds, strict=True))
+                return _run_of_pieces([self.of(source) for source in leaf.sources], leaf.sources[0].size)
             case BudgetedTensor():
-                return self._budgeted(leaf, start, stop)
-        if id(leaf) not in self._wholes:
-            self._wholes[id(leaf)] = digest(self._described.tensor(leaf)).encode()
-        return self._wholes[id(leaf)] + f":{start}:{stop}".encode()
+                expert, base = self.of(leaf.expert), self.of(leaf.base)
+                return _run_of_pieces([expert if is_read else base for is_read in leaf.chosen], leaf.block, True)
+        whole = digest(self._described.tensor(leaf)).encode()
+        return lambda start, stop: whole + b":%d:%d" % (start, stop)
 
-    def _merged(self, leaf: MergedTensor, start: int, stop: int) -> bytes:
-        exactly = leaf.merge.allow_nonfinite
-        count, inputs = _depends_on(leaf.task, lambda source: self.run(source, start, stop), exactly)
-        if (id(leaf), count) not in self._methods:
-            self._methods[id(leaf), count] = digest([exactly, _method_as_data(leaf.task, count)]).encode()
-        # What was drawn for an entry depends on where it is.
-        place = f"{start}:{stop}".encode()
-        return hashlib.sha256(_joined([self._methods[id(leaf), count], place, *(x or b"" for x in inputs)])).digest()
+    def _merged(self, leaf: MergedTensor) -> _Run:
+        task, exactly, methods = leaf.task, leaf.merge.allow_nonfinite, {}
+        runs = {id(x): self.of(x) for x in _depended_on(task, exactly)}
 
-    def _budgeted(self, leaf: BudgetedTensor, start: int, stop: int) -> bytes:
-        chosen = leaf.chosen[start // leaf.block : -(-stop // leaf.block)]
-        if chosen.all() or not chosen.any():
-            return self.run(leaf.expert if chosen.all() else leaf.base, start, stop)
-        first = start // leaf.block * leaf.block
-        pieces = []
-        for is_read, at in zip(chosen, range(first, stop, leaf.block), strict=True):
-            source = leaf.expert if is_read else leaf.base
-            pieces.append(self.run(source, max(at, start), min(at + leaf.block, stop)))
-        return _joined(pieces)
+        def run(start: int, stop: int) -> bytes:
+            count, inputs = _depends_on(task, lambda source: runs[id(source)](start, stop), exactly)
+            if count not in methods:
+                methods[count] = digest([exactly, _method_as_data(task, count)]).encode()
+            # What was drawn for an entry depends on where it is.
+            place = b"%d:%d" % (start, stop)
+            return hashlib.sha256(_joined([methods[count], place, *(x or b"" for x in inputs)])).digest()
+
+        return run
+
+
+def _run_of_blocks(leaf: LazyTensor, hashes: bytes) -> _Run:
+    """Tells of a tensor by the hashes of its blocks."""
+    name, step = leaf.dtype.name.encode(), BLOCK_BYTES // leaf.dtype.itemsize
+
+    def run(start: int, stop: int) -> bytes:
+        first, last = start // step, -(-stop // step)
+        place = b"%s:%d:%d:" % (name, start - first * step, stop - start)
+        return place + hashes[DIGEST_BYTES * first : DIGEST_BYTES * last]
+
+    return run
+
+
+def _run_of_pieces(pieces: Sequence[_Run], each: int, in_place: bool = False) -> _Run:
+    """Tells of a tensor that is put together from pieces.
+
+    Args:
+        pieces: tells of each piece.
+        each: entries of a piece.
+        in_place: what tells of a piece is asked by the position in the tensor, not in the piece.
+    """
+
+    def run(start: int, stop: int) -> bytes:
+        first, last = start // each, -(-stop // each)
+        told = pieces[first]
+        if in_place and all(piece is told for piece in pieces[first + 1 : last]):
+            return told(start, stop)  # as if it were not cut
+        parts = []
+        for number in range(first, last):
+            at = 0 if in_place else number * each
+            ends = max(start, number * each) - at, min(stop, (number + 1) * each) - at
+            parts.append(pieces[number](*ends))
+        return _joined(parts)
+
+    return run
+
+
+def _depended_on(task: TensorTask, exactly: bool) -> list[LazyTensor]:
+    """The inputs that a tensor may depend on; `exactly`: all of them, because they are searched for NaN or measured."""
+    method = task.method
+    if isinstance(method, Passthrough) and not exactly:
+        sources = [task.base if method._index is None else task.experts[method._index]]
+    else:
+        sources = [task.base, *task.experts]
+    return [source for source in sources if source is not None]
 
 
 def _depends_on(task: TensorTask, told: Callable[[LazyTensor], Any], exactly: bool) -> tuple[int | None, list[Any]]:
@@ -245,18 +290,16 @@ def _depends_on(task: TensorTask, told: Callable[[LazyTensor], Any], exactly: bo
     Args:
         task: the tensor.
         told: tells of an input; where it tells the same of two, they are equal.
-        exactly: all inputs matter, because they are searched for NaN or measured.
+        exactly: all inputs matter.
 
     Returns:
         The number, or None for a method that copies one of the inputs; and the inputs.
     """
-    method = task.method
-    if isinstance(method, Passthrough) and not exactly:
-        source = task.base if method._index is None else task.experts[method._index]
-        assert source is not None
-        return None, [told(source)]
-    base, experts = None if task.base is None else told(task.base), [told(expert) for expert in task.experts]
-    if exactly or not _is_sum(method):
+    inputs = [told(source) for source in _depended_on(task, exactly)]
+    if isinstance(task.method, Passthrough) and not exactly:
+        return None, inputs
+    base, experts = (None, inputs) if task.base is None else (inputs[0], inputs[1:])
+    if exactly or not _is_sum(task.method):
         return len(experts), [base, *experts]
     count = max((k + 1 for k, expert in enumerate(experts) if expert != base), default=0)
     return count, [base, *experts[:count]]
