@@ -136,7 +136,8 @@ def plain(make: Callable[..., jm.Method]) -> Callable[[Suite, float, int], Any]:
 
 def recovered(suite: Suite, scale: float, seed: int) -> dict[str, Any]:
     """EMR's approximation of each expert, on its own task."""
-    return {task: suite.merge(jm.emr(task)) for task in TASKS}
+    held = jm.emr_experts(suite.experts, base=suite.base)
+    return {task: held.approximation(task, suite.base) for task in TASKS}
 
 
 def by_fisher(suite: Suite, scale: float, seed: int, kind: Any = "exact", normalize: bool = True) -> Any:
