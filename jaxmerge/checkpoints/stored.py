@@ -18,7 +18,7 @@ class StoredTensor(LazyTensor):
     """
 
     def __init__(self, source: ByteSource, name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int):
-        self.source, self.offset = source, offset
+        self.source, self.name, self.offset = source, name, offset
         self.shape, self.dtype, self.label = shape, dtype, f"{source.label}: {name}"
 
     def read_flat(self, start: int, out: Shaped[np.ndarray, " n"]) -> None:

@@ -67,8 +67,10 @@ class ByteSource(abc.ABC):
         label: its name, for messages.
         gap: ranges that are at most so many bytes apart are better read as one, the gap included.
         size: its length in bytes.
+        path: where it can be opened again; None for what is no file of its own, and behind URLs.
     """
 
+    path: str | None = None
     label: str
     gap: int
     size: int
@@ -110,6 +112,7 @@ class FileSource(ByteSource):
 
     def __init__(self, path: Path, counter: ByteCounter):
         self.label, self._path, self._counter = path.name, path.absolute(), counter
+        self.path = str(self._path)
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._closer = weakref.finalize(self, os.close, self._fd)
         opened = os.fstat(self._fd)

@@ -135,8 +135,8 @@ def replay(
     merge = manifest.merge
     if merge.recipe is None:
         raise RecipeError(
-            f"{path}: {merge.method} holds a function, or a class that is not part of jaxmerge, so it cannot be built "
-            "from the manifest; call merge_checkpoint with it again"
+            f"{path}: {merge.method} holds a function, statistics that are in memory or behind a URL, or a class that "
+            "is not part of jaxmerge, so it cannot be built from the manifest; call merge_checkpoint with it again"
         )
     method, key = method_from_data(merge.recipe), key_from_data(merge.key)
     paths: dict[str, str] = {}

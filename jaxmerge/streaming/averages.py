@@ -268,13 +268,13 @@ class LateSource(ByteSource):
     gap = 0
 
     def __init__(self, path: Path, size: int, counter: ByteCounter):
-        self.path, self.size, self.label, self._counter = path, size, path.name, counter
+        self._path, self.size, self.label, self._counter = path, size, path.name, counter
 
     def read_into(self, offset: int, out: np.ndarray) -> None:
         try:
-            source = FileSource(self.path, self._counter)
+            source = FileSource(self._path, self._counter)
         except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error.strerror}; was it moved meanwhile?") from error
+            raise CheckpointError(f"cannot read {self._path}: {error.strerror}; was it moved meanwhile?") from error
         try:
             source.read_into(offset, out)
         finally:

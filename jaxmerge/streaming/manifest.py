@@ -31,6 +31,7 @@ from jaxtyping import Shaped
 from jaxmerge.checkpoints.base import Checkpoint, open_checkpoint
 from jaxmerge.checkpoints.layout import DTYPES, TensorSpec
 from jaxmerge.checkpoints.publish import as_checkpoint_error, sync
+from jaxmerge.checkpoints.stored import StoredTensor
 from jaxmerge.errors import CheckpointError, RecipeError
 from jaxmerge.methods.coefficients import ByDepth, Table
 from jaxmerge.methods.method import Method
@@ -48,6 +49,7 @@ MANIFEST = "jaxmerge.json"
 _VERSION = 1
 _LARGEST = 1 << 30  # no manifest comes near: this is what 16 TiB of tensors need
 _MOST_WORKERS = 4
+_MOST_NUMBERS = 1 << 20  # bytes of a method's coefficients; statistics of large models are kept in files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +318,8 @@ def describe_merge(
         return Input(name, path, state.model if state is not None and state.lasting else None)
 
     try:
+        if sum(np.asarray(x).nbytes for x in jax.tree.leaves(method) if not isinstance(x, LazyTensor)) > _MOST_NUMBERS:
+            raise RecipeError("the method holds statistics in memory")
         recipe, told_key = method_as_data(method), _key_as_data(key)
     except RecipeError:  # it is merged, but can only be described
         recipe = told_key = None
@@ -463,6 +467,8 @@ def verify_checkpoint(path: str | Path) -> tuple[TensorFault, ...]:
 def method_as_data(method: Any) -> Any:
     """A method as plain data, from which `method_from_data` builds the same one: every coefficient is kept exactly.
 
+    Statistics that lie in a file are told by its path, its state and their name there.
+
     Raises:
         RecipeError: something in it cannot be written down: a function, or a class that is not part of the library.
     """
@@ -473,6 +479,11 @@ def method_as_data(method: Any) -> Any:
         return {"is": "float", "text": repr(method)}
     if kind in (list, tuple):
         return [method_as_data(x) for x in method]
+    if kind is dict:  # statistics, by the names of experts and tensors
+        return {"is": "dict", "items": [[key, method_as_data(value)] for key, value in method.items()]}
+    if isinstance(method, StoredTensor) and method.source.path is not None:
+        state = digest(method.source.state())
+        return {"is": "stored", "path": method.source.path, "tensor": method.name, "state": state}
     if isinstance(method, np.ndarray | np.generic | jax.Array) and (values := np.asarray(method)).dtype in _PLAIN:
         where = "jax" if isinstance(method, jax.Array) else "numpy"
         little = values.astype(values.dtype.newbyteorder("<"))
@@ -487,10 +498,10 @@ def method_from_data(data: Any) -> Any:
     """The method that `method_as_data` has written down.
 
     Raises:
-        CheckpointError: it is not one of this version of the library.
+        CheckpointError: it is not one of this version of the library; or a file of statistics is missing or changed.
     """
     try:
-        method = _built(data)
+        method = _built(data, {})
         leaves = jax.tree.leaves(method)
         if not isinstance(method, Method) or any(isinstance(x, str) for x in leaves):
             raise TypeError(f"{method!r:.100} is no method")
@@ -510,7 +521,7 @@ def key_from_data(data: Any) -> Any:
     if data is None or type(data) is int:
         return data
     try:
-        values = _built(data["data"])
+        values = _built(data["data"], {})
         return values if data["impl"] is None else jax.random.wrap_key_data(values, impl=data["impl"])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the key in the manifest cannot be built ({error!r:.200}); merge again") from None
@@ -551,14 +562,19 @@ def _classes() -> dict[str, type]:
     return found
 
 
-def _built(data: Any) -> Any:
+def _built(data: Any, opened: dict[str, dict[str, StoredTensor]]) -> Any:
+    """What is told as data; `opened` collects the files of statistics, by path, with their tensors by name."""
     if isinstance(data, list):
-        return tuple(_built(x) for x in data)
+        return tuple(_built(x, opened) for x in data)
     if not isinstance(data, dict):
         return data
     kind = data["is"]
     if kind == "float":
         return float(data["text"])
+    if kind == "dict":
+        return {str(key): _built(value, opened) for key, value in data["items"]}
+    if kind == "stored":
+        return _opened_again(data["path"], data["tensor"], data["state"], opened)
     if kind in ("jax", "numpy"):
         dtype = DTYPES[data["dtype"]]
         values = np.frombuffer(bytes.fromhex(data["bytes"]), dtype).reshape(data["shape"])
@@ -567,7 +583,21 @@ def _built(data: Any) -> Any:
     fields = data["fields"]
     if fields.keys() != {f.name for f in dataclasses.fields(cls)}:
         raise ValueError(f"{kind} has other fields: {list(fields)}")
-    return cls(**{name: _built(value) for name, value in fields.items()})
+    return cls(**{name: _built(value, opened) for name, value in fields.items()})
+
+
+def _opened_again(path: str, tensor: str, state: str, opened: dict[str, dict[str, StoredTensor]]) -> StoredTensor:
+    """A tensor of a file of statistics."""
+    if path not in opened:
+        leaves = named_leaves(open_checkpoint(path).params).values()
+        opened[path] = {leaf.name: leaf for leaf in leaves if isinstance(leaf, StoredTensor)}
+    found = opened[path].get(tensor)
+    if found is None or digest(found.source.state()) != state:
+        raise CheckpointError(
+            f"the statistics in {path} are not as they were when the merge was made: the header, or the size or time "
+            "of change differs; put the former file back with its times, or merge anew"
+        )
+    return found
 
 
 def _check(manifest: Manifest) -> None:

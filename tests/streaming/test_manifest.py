@@ -188,6 +188,33 @@ def test_replay_gives_the_same_bytes_and_id(models: tuple[Path, dict[str, Path]]
         assert file.read_bytes() == (report.path / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_statistics_are_replayed(models: tuple[Path, dict[str, Path]], tmp_path: Path, where: str) -> None:
+    given: dict[str, Any] = {}
+    for seed, (name, path) in enumerate(models[1].items()):
+        rng = np.random.default_rng(seed)
+        with jm.open_checkpoint(path) as checkpoint:
+            shapes = {key: x.shape for key, x in jm.named_leaves(checkpoint.params).items()}
+        given[name] = {key: rng.random(shape).astype(np.float32) for key, shape in shapes.items()}
+        if where == "file":
+            saved = jm.save_checkpoint(tmp_path / "statistics" / name, given[name])
+            given[name] = jm.open_checkpoint(saved).params
+    out = merge(models, tmp_path / "out", jm.fisher_merge(given), allow_nonfinite=True)
+    if where == "memory":
+        with pytest.raises(jm.RecipeError, match="statistics that are in memory"):
+            replay(str(out), str(tmp_path / "again"))
+        return
+    report, differing = replay(str(out), str(tmp_path / "again"), progress=False)
+    assert not differing and load_manifest(report.path).id == load_manifest(out).id
+    # What is merged again knows the statistics by their files.
+    again = merge(models, tmp_path / "third", jm.fisher_merge(given), allow_nonfinite=True, reuse=out)
+    told = load_manifest(again).run.copied
+    assert told is not None and "embed" in told.tensors
+    flip(tmp_path / "statistics" / "a", "embed", 0)
+    with pytest.raises(jm.CheckpointError, match="the statistics in .* are not as they were"):
+        replay(str(out), str(tmp_path / "fourth"))
+
+
 def test_replay_refuses_inputs_that_have_changed(models: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     a = shutil.copytree(models[1]["a"], tmp_path / "a")
     out = jm.merge_checkpoint(jm.linear(), {"one": a}, out=tmp_path / "out", progress=False).path
