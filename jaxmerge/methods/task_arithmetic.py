@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxmerge.errors import RecipeError
 from jaxmerge.methods.coefficients import Coefficient, coefficient, per_expert
 from jaxmerge.methods.method import pytree, static
 from jaxmerge.methods.stages import Chain, Stage, TaskVectors, chain
@@ -56,6 +57,14 @@ class Scale(Stage):
     factor: Any
 
     spreads_nonfinite = True
+
+    def at(self, info: TensorInfo, experts: tuple[str, ...]) -> Scale:
+        if isinstance(self.factor, tuple):
+            raise RecipeError(
+                f"the scale is {list(self.factor)!r:.100}, expected one number, which counts for all experts; one for "
+                "each expert is given as weights"
+            )
+        return super().at(info, experts)
 
     def apply(self, vectors: TaskVectors, info: TensorInfo, measured: Any) -> TaskVectors:
         if vectors.merged is not None:

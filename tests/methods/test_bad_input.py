@@ -86,6 +86,7 @@ WRONG_METHODS = {
     "too few weights": (jm.linear([1.0]), K2, r"weights: found 1 values, expected 2.*\(a, b\)"),
     "too many weights": (jm.task_arithmetic(weights=jnp.ones(3)), K2, r"found 3 values, expected 2"),
     "a matrix of weights": (jm.linear(jnp.ones((2, 2))), K2, r"not an array of shape \(2, 2\)"),
+    "a scale for each": (jm.task_arithmetic([0.3, 0.5]), K2, r"the scale is \[0\.3, 0\.5\].*given as weights"),
     "weights of others": (jm.linear({"a": 1.0, "c": 2.0}), K2, r"\['a', 'c'\].*\['a', 'b'\]"),
     "too few densities": (jm.ties([0.2]), K2, r"densities: found 1"),
     "unknown tensor": (
