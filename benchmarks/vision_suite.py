@@ -48,6 +48,7 @@ class Settings(NamedTuple):
     steps: int
     rate: float
     batch: int
+    start: float
 
 
 class Suite:
@@ -165,9 +166,9 @@ def by_regmean_plus(suite: Suite, scale: float, seed: int) -> Any:
 
 
 def by_entropy(suite: Suite, scale: float, seed: int, **options: Any) -> Any:
-    steps, rate, _ = suite.settings
+    steps, rate, _, start = suite.settings
     learned = jm.learn(
-        jm.adamerging(0.3, **options),
+        jm.adamerging(start, **options),
         suite.experts,
         suite.batches(seed, steps),
         base=suite.base,
@@ -268,10 +269,10 @@ class Peers:
         if row.inputs == "examples":
             inputs = {task: suite.examples(task, seed) for task in TASKS}
         elif row.inputs == "batches":
-            steps, rate, _ = suite.settings
+            steps, rate, _, start = suite.settings
             inputs = dict(suite.images["test"])
             inputs |= {f"{task}/order": suite.order(task, seed, steps) for task in TASKS}
-            parameters = {"start": 0.3, "rate": rate}
+            parameters = {"start": start, "rate": rate}
         if inputs:
             np.savez(self._inputs, **inputs)  # pyright: ignore[reportArgumentType]
         call = {
@@ -437,7 +438,7 @@ VARIANTS = {
 
 def watch(suite: Suite, variant: Variant, every: int, seed: int = 0) -> dict[str, Any]:
     """What is true of the merged model along a run, and at which step `jm.stop_when_flat` would have ended it."""
-    steps, rate, _ = suite.settings
+    steps, rate, _, start = suite.settings
     orders = {task: suite.order(task, seed, steps, "train") for task in TASKS}
 
     def labelled(step: int) -> Any:
@@ -456,11 +457,13 @@ def watch(suite: Suite, variant: Variant, every: int, seed: int = 0) -> dict[str
             stopped.append(step)
 
     learn = partial(
-        jm.learn, jm.adamerging(0.3), suite.experts, batches, base=suite.base, loss=variant.loss(suite),
+        jm.learn, jm.adamerging(start), suite.experts, batches, base=suite.base, loss=variant.loss(suite),
         optimizer=variant.optimizer(rate), progress=False,
     )  # fmt: skip
     learn(steps=steps, on_step=on_step)
-    methods = {0: jm.adamerging(0.3)} | {step: learn(steps=step, state=state).method for step, state in states.items()}
+    methods = {0: jm.adamerging(start)} | {
+        step: learn(steps=step, state=state).method for step, state in states.items()
+    }
     seen = [{"step": step, "tasks": facts(suite, suite.merge(method))} for step, method in methods.items()]
     return {"title": variant.title, "flat": stopped[0] if stopped else None, "seen": seen}
 
@@ -558,6 +561,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of AdaMerging")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of AdaMerging")
     parser.add_argument("--batch", type=int, default=16, help="images of each task in a step of AdaMerging")
+    parser.add_argument("--start", type=float, default=0.3, help="of AdaMerging's coefficients")
     parser.add_argument("--peer-python", help="the Python that has PyTorch, FusionBench and mergekit")
     parser.add_argument("--peer-path", help="PYTHONPATH of that Python")
     parser.add_argument("--study", type=Path, metavar="PICTURE", help="watch entropy and accuracy along a run instead")
@@ -565,7 +569,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50, help="steps between two looks of the study")
     arguments = parser.parse_args()
 
-    settings = Settings(arguments.steps, arguments.rate, arguments.batch)
+    settings = Settings(arguments.steps, arguments.rate, arguments.batch, arguments.start)
     told = {"images": arguments.images, "validation": arguments.validation, **settings._asdict()}
     experts = arguments.experts or arguments.data / "vision-experts"
     suite = Suite(arguments.data, experts, arguments.images, arguments.validation, settings)
