@@ -96,13 +96,13 @@ def test_only_blocks_that_depend_on_a_change_are_read(
 @pytest.mark.parametrize(
     ("method", "options", "changed"),
     [
-        (jm.linear(), {}, {2}),
-        (jm.dare(0.5), {"key": 1}, {2}),
+        (jm.linear(), {}, {3}),
+        (jm.dare(0.5), {"key": 1}, {3}),
         (jm.task_arithmetic(weights=[0.3, 0.5]), {"dtype": "bfloat16"}, {1}),  # a block of it is two of the inputs'
-        (jm.task_arithmetic(0.3), {"dtype": "float64"}, {4, 5}),  # and here two are one
+        (jm.task_arithmetic(0.3), {"dtype": "float64"}, {6, 7}),  # and here two are one
         (jm.masked(jm.linear(), "small", otherwise=jm.passthrough(source="b")), {}, set()),  # where nothing has changed
-        (jm.task_arithmetic(0.3), {"allow_nonfinite": True}, {2}),
-        (jm.task_arithmetic(jm.by_depth([0.1, 0.5])), {"rules": jm.Rules(stacked=("w",))}, {2}),
+        (jm.task_arithmetic(0.3), {"allow_nonfinite": True}, {3}),
+        (jm.task_arithmetic(jm.by_depth([0.1, 0.5])), {"rules": jm.Rules(stacked=("w",))}, {3}),
         (jm.ties(0.5, scope="tensor"), {}, set(range(BLOCKS))),  # one threshold for all of it
     ],
     ids=["linear", "dare", "narrower", "wider", "passthrough", "nonfinite", "stacked", "measured"],
@@ -110,7 +110,7 @@ def test_only_blocks_that_depend_on_a_change_are_read(
 def test_methods_and_outputs(tmp_path: Path, method: jm.Method, options: dict, changed: set[int]) -> None:
     family = Family(tmp_path)
     first = family.merge(method, catalog=family.catalog, **options)
-    family.change("a", {2 * STEP + 5})
+    family.change("a", {3 * STEP + 5})
     again = family.merge(method, catalog=family.catalog, reuse=first.path, **options)
     assert same(again, family.merge(method, **options))
     blocks = set(range(len(load_manifest(again.path).output.tensors["w"].blocks)))
@@ -127,6 +127,14 @@ def test_what_an_earlier_merge_of_a_budget_read_is_kept_by_blocks(tmp_path: Path
     unchanged = {int(i) for i in (one == other).all(axis=0).nonzero()[0]}
     assert copied(more) == unchanged and 0 < len(unchanged) < BLOCKS
     assert sum(more.bytes_read[x] for x in "ab") < sum(more.io_plan.planned.values())
+
+
+def test_blocks_of_another_method_or_draw_are_not_taken(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    first = family.merge(jm.dare(0.5), key=1, catalog=family.catalog)
+    for method, key in ((jm.dare(0.4), 1), (jm.dare(0.5), 2)):
+        again = family.merge(method, key=key, catalog=family.catalog, reuse=first.path)
+        assert copied(again) == set() and same(again, family.merge(method, key=key))
 
 
 def test_without_a_catalog_there_are_no_blocks(tmp_path: Path) -> None:
