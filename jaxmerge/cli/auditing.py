@@ -11,8 +11,9 @@ from jaxmerge.cli.output import natural_order, print_table
 from jaxmerge.errors import CheckpointError, RecipeError
 from jaxmerge.streaming.budget import AccessPlan
 from jaxmerge.streaming.fingerprint import fingerprint
-from jaxmerge.streaming.manifest import Manifest, key_from_data, load_manifest, method_from_data
+from jaxmerge.streaming.manifest import Manifest, load_manifest
 from jaxmerge.streaming.merge_checkpoint import merge_checkpoint
+from jaxmerge.streaming.method_data import key_from_data, method_from_data
 from jaxmerge.streaming.report import StreamReport
 from jaxmerge.streaming.sizes import format_bytes
 

@@ -39,7 +39,8 @@ from jaxmerge.streaming.budgeted import BudgetedTensor
 from jaxmerge.streaming.catalog import Catalog
 from jaxmerge.streaming.content import BLOCK_BYTES, DIGEST_BYTES, together
 from jaxmerge.streaming.fingerprint import digest, fingerprint
-from jaxmerge.streaming.manifest import method_as_data, versions
+from jaxmerge.streaming.manifest import versions
+from jaxmerge.streaming.method_data import method_as_data
 from jaxmerge.streaming.plan import merges_within
 from jaxmerge.trees.lazy import CastTensor, LazyTensor, SlicedTensor, StackedTensor, TransposedTensor
 from jaxmerge.trees.paths import named_leaves

@@ -24,10 +24,9 @@ from jaxmerge.streaming.manifest import (
     MANIFEST,
     BlockHashes,
     load_manifest,
-    method_as_data,
-    method_from_data,
     verify_checkpoint,
 )
+from jaxmerge.streaming.method_data import method_as_data, method_from_data
 from jaxmerge.trees.info import Rules
 
 NAMES = ("base", "a", "b")
